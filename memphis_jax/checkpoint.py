@@ -1,0 +1,147 @@
+"""Checkpoints: orbax folders that carry weights, train state, data position, config and tokenizer.
+
+    FOLDER/checkpoints/STEP/params   {leaf name: array}, the weights alone
+                            train    {leaf name: array}, optimizer state, step, RNG (trainers only)
+                            meta     JSON: {"model": ModelConfig fields, ...}
+    FOLDER/tokenizer/                tokenizer.json and its companions
+
+A training workdir and the output of `python -m convert from-hf` are both such a FOLDER, so either
+starts a training, feeds the sampler, or is exported. Saved names are plain strings: nothing on disk
+depends on flax's or optax's classes. Imports `memphis_jax.config` and `memphis_jax.model`.
+"""
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from memphis_jax.config import ModelConfig, build
+from memphis_jax.model import StableLM, abstract, flatten, leaf_name, unflatten
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of every save
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or cannot be used; the message names the folder."""
+
+
+def open_manager(folder: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
+    """Orbax manager of FOLDER/checkpoints, saving asynchronously; `keep` None opens for reading."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=keep is not None, read_only=keep is None
+    )
+    return ocp.CheckpointManager(Path(folder).absolute() / "checkpoints", options=options)
+
+
+def latest_step(folder: str | Path) -> int:
+    """The newest complete step of FOLDER. Raises CheckpointError where there is none."""
+    step = None
+    if (Path(folder) / "checkpoints").is_dir():
+        with open_manager(folder) as manager:
+            step = manager.latest_step()
+    if step is None:
+        raise CheckpointError(
+            f"{folder} holds no complete checkpoint under checkpoints/; make one with "
+            f"`python -m convert from-hf HF_FOLDER {folder}` or with `memphis train`"
+        )
+    return step
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    model: StableLM,
+    meta: dict[str, Any],
+    train: Any = None,
+) -> None:
+    """Saves in the background; `meta["model"]` is filled in. `train` is any pytree of arrays."""
+    meta = {**meta, "model": dataclasses.asdict(model.config)}
+    items: dict[str, Any] = {
+        "params": ocp.args.StandardSave(flatten(model)),
+        "meta": ocp.args.JsonSave(meta),
+    }
+    if train is not None:
+        items["train"] = ocp.args.StandardSave(name_leaves(train))
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def read_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
+    """The JSON saved beside the weights of FOLDER, at its latest step by default."""
+    step = latest_step(folder) if step is None else step
+    with open_manager(folder) as manager:
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def restore_model(folder: str | Path, dtype: str = "float32") -> tuple[StableLM, dict[str, Any]]:
+    """(model in `dtype`, meta) of the latest step of FOLDER, arrays on the default device.
+
+    Raises CheckpointError where FOLDER holds no checkpoint, and ConfigError or ValueError where its
+    model does not fit this program.
+    """
+    step = latest_step(folder)
+    meta = read_meta(folder, step)
+    config = build(ModelConfig, meta["model"], f"{folder}: model")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device)
+        for name, leaf in flatten(abstract(config)).items()
+    }
+    with open_manager(folder) as manager:
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
+        params = manager.restore(step, args=args).params
+    return unflatten(config, params), meta
+
+
+def restore_train(folder: str | Path, like: Any, step: int | None = None) -> Any:
+    """The train state of FOLDER in the structure, shapes, dtypes and shardings of `like`."""
+    step = latest_step(folder) if step is None else step
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    names = [leaf_name(path) for path, _ in leaves]
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+    }
+    with open_manager(folder) as manager:
+        args = ocp.args.Composite(train=ocp.args.StandardRestore(wanted))
+        saved = manager.restore(step, args=args).train
+    return jax.tree_util.tree_unflatten(treedef, [saved[name] for name in names])
+
+
+def has_train(folder: str | Path) -> bool:
+    """Whether FOLDER was written by a trainer, rather than converted from Hugging Face."""
+    return (Path(folder) / "checkpoints" / str(latest_step(folder)) / "train").is_dir()
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """Any pytree -> {leaf name: leaf}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
+    """Copies the tokenizer files found in `source` into FOLDER/tokenizer (replacing it)."""
+    source, target = Path(source), Path(folder) / "tokenizer"
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(f"{source} has no tokenizer.json")
+    if source.resolve() == target.resolve():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)

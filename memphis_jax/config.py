@@ -1,0 +1,385 @@
+"""Everything a user can set, checked: ml_collections ConfigDict -> frozen dataclasses.
+
+A config file in configs/ has `get_config() -> ConfigDict`; `load` turns it, with overrides from the
+command line, into one `RunConfig`. Every check of a user's value lives here; inner functions take
+plain values. Imports nothing of ours.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A value the program cannot run with; the message names the field, the value and the fix."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    _require(value in allowed, f"{name} = {value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _positive(obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        _require(value > 0, f"{name} = {value!r} must be greater than 0")
+
+
+def _not_negative(obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        _require(value >= 0, f"{name} = {value!r} must be 0 or greater")
+
+
+def _share(obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        _require(0.0 <= value <= 1.0, f"{name} = {value!r} must be between 0 and 1")
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a StableLM, in the names of Hugging Face's StableLmConfig (same defaults)."""
+
+    vocab_size: int = 50304
+    hidden_size: int = 2560
+    intermediate_size: int = 6912
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 0.25  # share of each head's dimensions that is rotated
+    use_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    use_parallel_residual: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        _positive(self, "layer_norm_eps", "rope_theta", "initializer_range")
+        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size = {self.hidden_size} is not divisible by "
+            f"num_attention_heads = {self.num_attention_heads}",
+        )
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads = {self.num_attention_heads} is not divisible by "
+            f"num_key_value_heads = {self.num_key_value_heads}",
+        )
+        _require(
+            0 < self.partial_rotary_factor <= 1 and self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+            f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_dim} "
+            f"gives {self.rotary_dim} rotary dimensions: an even number greater than 0 is needed",
+        )
+        _require(
+            0 <= self.eos_token_id < self.vocab_size,
+            f"eos_token_id = {self.eos_token_id} is outside the vocabulary of {self.vocab_size}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """Reads a Hugging Face config.json, of model_type stablelm or the old stablelm_epoch.
+
+        Raises ConfigError naming the field for anything that this model does not compute: another
+        model_type or activation, RoPE scaling, dropout, quantisation.
+        """
+        _one_of("model_type", hf.get("model_type"), ("stablelm", "stablelm_epoch"))
+        _refuse_unsupported(hf)
+        values = {f.name: hf[f.name] for f in dataclasses.fields(cls) if hf.get(f.name) is not None}
+        renamed = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"}
+        values |= {new: hf[old] for old, new in renamed.items() if hf.get(old) is not None}
+        rope = hf.get("rope_parameters") or {}
+        values |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        values.setdefault("num_key_value_heads", values.get("num_attention_heads", 32))
+        aliases = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
+        if "hidden_act" in values:
+            values["hidden_act"] = aliases.get(values["hidden_act"], values["hidden_act"])
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = values["eos_token_id"][0]
+        return build(cls, values, "config.json")
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json for transformers (4.38 or later: model_type stablelm) and for vLLM."""
+        rope = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
+        return {
+            "architectures": ["StableLmForCausalLM"],
+            "model_type": "stablelm",
+            **dataclasses.asdict(self),
+            "rope_parameters": {"rope_type": "default", **rope},
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "use_cache": True,
+        }
+
+
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    for name in ("hidden_dropout", "attention_dropout"):
+        value = hf.get(name) or 0.0
+        _require(value == 0, f"{name} = {value}: dropout is not supported, set it to 0")
+    for name in ("rope_scaling", "quantization_config"):
+        _require(not hf.get(name), f"{name} = {hf.get(name)!r} is not supported, remove it")
+    rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
+    _require(
+        rope_type == "default",
+        f"rope_parameters.rope_type = {rope_type!r} is not supported: only 'default' (no scaling)",
+    )
+    factor = hf.get("rotary_scaling_factor", 1.0)
+    _require(factor == 1.0, f"rotary_scaling_factor = {factor} is not supported, only 1.0")
+    if hf.get("head_dim") is not None:
+        derived = hf.get("hidden_size", 2560) // hf.get("num_attention_heads", 32)
+        _require(
+            hf["head_dim"] == derived,
+            f"head_dim = {hf['head_dim']} differs from hidden_size / num_attention_heads = {derived}",
+        )
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where the weights come from: an HF folder, or (empty) random weights of the shape `model`."""
+
+    hf_folder: str = ""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    dtype: str = "float32"  # of activations and matmuls; parameters and losses stay float32
+    remat: str = "full"  # "full": recompute each layer in the backward pass; "none"
+    logprob_chunk: int = 1024  # tokens whose logits exist at once
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("remat", self.remat, ("full", "none"))
+        _positive(self, "logprob_chunk")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "procedural"  # "procedural" (embedded default) or "jsonl" (TinyCoT-shaped files)
+    num_train: int = 0  # procedural: rows to make
+    num_validation: int = 0
+    num_test: int = 0
+    vocab_size: int = 512  # procedural: size of the tokenizer trained on the rows
+    train: str = ""  # jsonl: files of {prompt, rationale, target, source}
+    validation: str = ""
+    test: str = ""
+    tokenizer: str = ""  # jsonl with random weights: folder with tokenizer.json; "" = the start's
+
+    def __post_init__(self) -> None:
+        _one_of("source", self.source, ("procedural", "jsonl"))
+        if self.source == "procedural":
+            _positive(self, "num_train", "num_validation", "num_test", "vocab_size")
+        else:
+            for name in ("train", "validation", "test"):
+                _require(bool(getattr(self, name)), f"{name} is empty: give a JSON Lines file")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adalite"
+    learning_rate: float = 1e-5  # peak
+    warmup_ratio: float = 0.2  # share of the phase's steps
+    clip_norm: float = 0.0  # global gradient norm; 0 = off
+    freeze_embeddings: bool = True  # input embedding and lm_head
+    # adalite
+    eps: float = 1e-5
+    lambda_: float = 0.01  # weight of the norm-loss pull towards unit norm
+    beta_decay: float = 0.8
+    centralize: bool = True
+    momentum: float = 0.0
+    # adamw
+    b1: float = 0.9
+    b2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("adalite", "adamw"))
+        _positive(self, "learning_rate", "eps", "adam_eps")
+        _not_negative(self, "clip_norm", "lambda_", "weight_decay")
+        _share(self, "warmup_ratio", "momentum", "b1", "b2")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One training phase, SFT or rank."""
+
+    epochs: int
+    batch_size: int  # SFT: packed rows of seq_len tokens; rank: groups (pairs); per optimizer step
+    seq_len: int  # tokens in a packed row
+    optimizer: OptimizerConfig
+    accumulation: int = 1  # micro-batches of batch_size / accumulation
+    mixce_eta: float = 1.0  # 1 = cross entropy
+    neftune_alpha: float = 0.0  # 0 = off
+    rank_weight: float = 0.0  # weight of the ranking loss
+    keep_optimizer_state: bool = False  # start from the previous phase's optimizer statistics
+    checkpoint_every: int = 500  # steps; the last step is always saved
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "accumulation", "seq_len")
+        _positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+        _share(self, "mixce_eta")
+        _not_negative(self, "neftune_alpha", "rank_weight")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size = {self.batch_size} is not divisible by accumulation = "
+            f"{self.accumulation}",
+        )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    engine: str = "jax"
+    num_samples: int = 8  # answers per question
+    temperature: float = 0.5  # 0 = greedy
+    top_p: float = 0.8
+    max_new_tokens: int = 512
+    batch_size: int = 64  # sequences decoded at once
+    questions_per_round: int = 0  # 0 = all; otherwise another random share each round
+
+    def __post_init__(self) -> None:
+        _one_of("engine", self.engine, ("jax",))
+        _positive(self, "num_samples", "max_new_tokens", "batch_size")
+        _not_negative(self, "temperature", "questions_per_round")
+        _require(0 < self.top_p <= 1, f"top_p = {self.top_p} must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    num_rounds: int = 4
+    max_pairs_per_question: int = 0  # 0 = no limit
+    eval_samples: int = 4  # sampled answers per held-out question
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "num_rounds", "max_pairs_per_question")
+        _positive(self, "eval_samples")
+
+
+@dataclass(frozen=True)
+class ExecutorConfig:
+    """Command prefix per kind of stage ("" = run here), split like a shell would, never by one."""
+
+    train: str = ""
+    generate: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    sft: PhaseConfig
+    rank: PhaseConfig
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sft", "rank"):
+            seq_len = getattr(self, name).seq_len
+            _require(
+                bool(self.start.hf_folder) or seq_len <= self.model.max_position_embeddings,
+                f"{name}.seq_len = {seq_len} exceeds model.max_position_embeddings = "
+                f"{self.model.max_position_embeddings}",
+            )
+        if self.data.source == "jsonl" and not self.start.hf_folder:
+            _require(
+                bool(self.data.tokenizer),
+                "data.tokenizer is empty: random weights need a folder with tokenizer.json",
+            )
+
+
+def build(cls: Any, values: Mapping[str, Any], path: str = "config") -> Any:
+    """Dataclass `cls` from nested mappings; ConfigError for an unknown, missing or ill-typed field."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"{path}.{name} is not a known field; {hint}")
+    built = {}
+    for name, f in fields.items():
+        where = f"{path}.{name}"
+        if name in values:
+            built[name] = _convert(hints[name], values[name], where)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where} is missing")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _convert(kind: type, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, Mapping), f"{where} = {value!r} must be a section with fields")
+        return build(kind, value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if wrong_bool or not isinstance(value, kind):
+        raise ConfigError(f"{where} = {value!r} must be of type {kind.__name__}")
+    return value
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """RunConfig of a configs/*.py file (or a saved config.json) with `--config.a.b=value` overrides."""
+    _require(Path(path).is_file(), f"--config {path}: no such file")
+    if path.endswith(".json"):
+        _require(not overrides, f"{path} is a saved config: it takes no overrides ({overrides})")
+        return build(RunConfig, json.loads(Path(path).read_text()))
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["memphis", f"--config={path}", *overrides])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} {' '.join(overrides)}: {error}") from None
+    return build(RunConfig, holder.value.to_dict())
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Lines `field: old -> new` for every leaf in which two nested mappings differ."""
+    lines = []
+    for name in sorted(set(old) | set(new)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += difference(a, b, f"{path}{name}.")
+        elif a != b:
+            lines.append(f"{path}{name}: {a!r} -> {b!r}")
+    return lines

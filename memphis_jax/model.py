@@ -1,0 +1,305 @@
+"""StableLM, top to bottom: the whole family that Hugging Face's StableLmConfig describes.
+
+Flax NNX as a plain pytree: modules hold only `nnx.Param`; jit, grad, vmap and scan are JAX's own.
+Kernels are stored [in, out]; the layers are one `Block` whose parameters carry a leading axis L,
+built by vmap and run by scan. Compute follows the dtype of the activations; LayerNorm statistics,
+rotary angles, softmax and logits are float32. Imports `memphis_jax.config` only.
+
+Axis letters: B batch, T query position, S key position, N heads, K kv-heads, R query heads per
+kv-head, H head dim, D model, F mlp, V vocabulary, L layer.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memphis_jax.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+QUERY_CHUNK = 128  # queries whose attention scores exist at once
+
+# attend(cache, layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], cache)
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, kernel [in, out]."""
+
+    def __init__(self, key: jax.Array, shape: tuple[int, int], *, std: float, bias: bool = False):
+        self.kernel = nnx.Param(std * jax.random.normal(key, shape))
+        self.bias = nnx.Param(jnp.zeros(shape[1])) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """LayerNorm over the last axis, statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - x32.mean(-1, keepdims=True)
+    y = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+class LayerNormPerHead(nnx.Module):
+    """One LayerNorm without bias for every head: scale [heads, H] (qk_layernorm)."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((heads, head_dim)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, heads, H]
+        return layer_norm(x, self.scale[...], None, self.eps)
+
+
+class Rotary:
+    """Rotary position embedding on the first `dim` of each head's dimensions, half-split.
+
+    RoFormer (arXiv 2104.09864) with GPT-NeoX's layout: dimension i is rotated with i + dim / 2 by
+    the angle position * theta^(-2 i / dim).
+    """
+
+    def __init__(self, positions: jax.Array, dim: int, theta: float):  # positions [B, T]
+        inverse_frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        angles = positions[..., None, None].astype(jnp.float32) * inverse_frequency
+        self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)  # [B, T, 1, dim / 2]
+        self.dim = dim
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, heads, H]
+        rotated, rest = x[..., : self.dim].astype(jnp.float32), x[..., self.dim :]
+        a, b = jnp.split(rotated, 2, axis=-1)
+        turned = jnp.concatenate([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1)
+        return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v where mask, float32 softmax, kv-heads shared by groups of heads.
+
+    q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool. Returns [B, T, N, H] in q's dtype. A
+    query without a single allowed key (padding) gets the plain mean of v: finite, never used.
+    """
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)  # [B, T, K, R, H]
+    scores = jnp.einsum("btkrh,bskh->bkrts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * dim**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkrts,bskh->btkrh", weights, v)
+    return out.reshape(batch, length, heads, dim)
+
+
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Causal attention inside segments, computed in chunks of queries that skip later keys.
+
+    q [B, T, N, H]; k, v [B, T, K, H]; segment_ids [B, T] int32 (0 = padding) or None for one
+    segment per row. Returns [B, T, N, H].
+    """
+    length = q.shape[1]
+    position = jnp.arange(length)
+    outputs = []
+    for start in range(0, length, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, length)
+        mask = (position[start:end, None] >= position[None, :end])[None]  # [1, T, S]
+        if segment_ids is not None:
+            mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+        outputs.append(masked_attention(q[:, start:end], k[:, :end], v[:, :end], mask))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        dim, self.head_dim = config.hidden_size, config.head_dim
+        kv_dim = config.num_key_value_heads * self.head_dim
+        linear = partial(Linear, std=config.initializer_range)
+        self.q_proj = linear(keys[0], (dim, dim), bias=config.use_qkv_bias)
+        self.k_proj = linear(keys[1], (dim, kv_dim), bias=config.use_qkv_bias)
+        self.v_proj = linear(keys[2], (dim, kv_dim), bias=config.use_qkv_bias)
+        self.o_proj = linear(keys[3], (dim, dim))
+        norm = partial(LayerNormPerHead, head_dim=self.head_dim, eps=config.layer_norm_eps)
+        self.q_layernorm = norm(config.num_attention_heads) if config.qk_layernorm else None
+        self.k_layernorm = norm(config.num_key_value_heads) if config.qk_layernorm else None
+
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, attend: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).reshape(heads)  # [B, T, N, H]
+        k = self.k_proj(x).reshape(heads)  # [B, T, K, H]
+        v = self.v_proj(x).reshape(heads)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        out, cache = attend(rotary(q), rotary(k), v)
+        return self.o_proj(out.reshape(x.shape)), cache
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU (arXiv 2002.05202) with the activation hidden_act."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        keys = jax.random.split(key, 3)
+        dim, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        self.gate_proj = Linear(keys[0], (dim, inner), std=std)
+        self.up_proj = Linear(keys[1], (dim, inner), std=std)
+        self.down_proj = Linear(keys[2], (inner, dim), std=std)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder layer; with use_parallel_residual, MLP and attention read the same norm."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        attention_key, mlp_key = jax.random.split(key)
+        self.self_attn = Attention(config, attention_key)
+        self.mlp = MLP(config, mlp_key)
+        self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_attention_layernorm = (
+            None
+            if config.use_parallel_residual
+            else LayerNorm(config.hidden_size, config.layer_norm_eps)
+        )
+
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, attend: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
+        normed = self.input_layernorm(x)
+        attended, cache = self.self_attn(normed, rotary, attend)
+        if self.post_attention_layernorm is None:
+            return x + attended + self.mlp(normed), cache
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class StableLM(nnx.Module):
+    """StableLM of a ModelConfig with random weights, N(0, initializer_range), in float32."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        embed_key, head_key, layers_key = jax.random.split(key, 3)
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.initializer_range
+        self.embed_tokens = nnx.Param(std * jax.random.normal(embed_key, shape))  # [V, D]
+        layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
+        self.layers = jax.vmap(lambda k: Block(config, k))(layer_keys)  # leaves [L, ...]
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(head_key, shape[::-1], std=std)
+
+    def embed(self, tokens: jax.Array, dtype: jnp.dtype | str = jnp.float32) -> jax.Array:
+        """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, the compute dtype from here on."""
+        return self.embed_tokens[...].astype(dtype)[tokens]
+
+    def run_layers(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: Any = None,
+        *,
+        remat: str = "none",
+    ) -> tuple[jax.Array, Any]:
+        """Embeddings [B, T, D] through all layers and the final norm -> ([B, T, D], cache).
+
+        `attend` says which keys a query sees; `cache`, any pytree, is threaded through the layers.
+        remat="full" recomputes each layer in the backward pass.
+        """
+        rotary = Rotary(positions, self.config.rotary_dim, self.config.rope_theta)
+
+        def body(carry: tuple[jax.Array, Any], xs: tuple[Block, jax.Array]) -> tuple[Any, None]:
+            (x, cache), (block, layer) = carry, xs
+            return block(x, rotary, partial(attend, cache, layer)), None
+
+        if remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        layers = jnp.arange(self.config.num_hidden_layers)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (self.layers, layers))
+        return self.norm(x), cache
+
+    def hidden(
+        self,
+        embeddings: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] of packed rows; see `causal_attention` for segment_ids."""
+
+        def attend(
+            cache: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+        ) -> tuple[jax.Array, None]:
+            return causal_attention(q, k, v, segment_ids), cache
+
+        return self.run_layers(embeddings, positions, attend, remat=remat)[0]
+
+    def head(self) -> jax.Array:
+        """Output projection [D, V]; the transposed embedding where tied."""
+        return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+    def logits(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        dtype: jnp.dtype | str = jnp.float32,
+    ) -> jax.Array:
+        """tokens [B, T] int32 -> logits [B, T, V] float32, for checks: training never builds them."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden = self.hidden(self.embed(tokens, dtype), positions, segment_ids)
+        return project(hidden, self.head())
+
+
+def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """hidden [..., D] @ head [D, V] -> float32 logits [..., V], operands in hidden's dtype."""
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Key path of a model leaf -> its name, e.g. "layers/self_attn/q_proj/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def abstract(config: ModelConfig) -> StableLM:
+    """The model of `config` with ShapeDtypeStruct leaves: nothing is allocated."""
+    return jax.eval_shape(lambda: StableLM(config, jax.random.key(0)))
+
+
+def flatten(model: StableLM) -> dict[str, Any]:
+    """{leaf name: array} in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def unflatten(config: ModelConfig, arrays: dict[str, Any]) -> StableLM:
+    """StableLM from {leaf name: array}. Raises ValueError naming missing or surplus leaves."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(config))
+    names = [leaf_name(path) for path, _ in leaves]
+    if set(names) != set(arrays):
+        missing, surplus = sorted(set(names) - set(arrays)), sorted(set(arrays) - set(names))
+        raise ValueError(f"leaves do not fit the model: missing {missing}, surplus {surplus}")
+    return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])

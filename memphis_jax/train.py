@@ -1,0 +1,274 @@
+"""Training, SFT and rank: TrainState, one step, one loop.
+
+A workdir that already holds checkpoints is resumed, to the bit, if its config is the same, and
+refused otherwise. `memphis train --help` is the stage that `memphis rounds` runs.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memphis_jax import checkpoint
+from memphis_jax.config import ComputeConfig, ConfigError, PhaseConfig, difference
+from memphis_jax.data.loader import Loader
+from memphis_jax.metrics import MetricsWriter
+from memphis_jax.model import StableLM
+from memphis_jax.objectives import Arrays, Sums, SumsFn, objective_weights, rank_sums, sft_sums
+from memphis_jax.optimizer import combine, cosine_schedule, is_embedding, make_optimizer, partition
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and where the last good state is."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "model", "opt_state", "key", "skipped", "skipped_in_a_row"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    step: jax.Array  # int32, optimizer steps done, skipped ones counted
+    model: StableLM  # float32 parameters
+    opt_state: optax.OptState
+    key: jax.Array  # raw PRNG key of the run; a step's noise is a function of (key, step)
+    skipped: jax.Array  # int32, steps with a loss or gradient that was not finite
+    skipped_in_a_row: jax.Array
+
+    def without_model(self) -> dict[str, Any]:
+        """What is saved beside the weights."""
+        names = ("step", "opt_state", "key", "skipped", "skipped_in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+
+def loss_and_gradients(
+    trainable: Any,
+    frozen: Any,
+    batch: Arrays,
+    key: jax.Array,
+    *,
+    sums_fn: SumsFn,
+    coefficients: dict[str, float],
+) -> tuple[Sums, Any]:
+    """(sums added over the micro-batches [A, ...], gradient of the whole batch's objective).
+
+    The objective is  sum over names of coefficient * sum / weight, each weight the whole batch's,
+    so that accumulating A micro-batches equals one batch of all their rows.
+    """
+    weights = objective_weights(batch)
+
+    def objective(trainable: Any, micro: Arrays, key: jax.Array) -> Any:
+        sums = sums_fn(combine(trainable, frozen), micro, key)
+        parts = [
+            coefficient * sums[name][0] / jnp.maximum(weights[name], 1.0)
+            for name, coefficient in coefficients.items()
+        ]
+        return sum(parts), sums
+
+    def micro_step(micro: Arrays, key: jax.Array) -> tuple[Sums, Any]:
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(trainable, micro, key)
+        return sums, gradients
+
+    micro_batches = batch["tokens"].shape[0]
+    if micro_batches == 1:
+        return micro_step(jax.tree.map(lambda leaf: leaf[0], batch), key)
+    keys = jax.random.split(key, micro_batches)
+    shapes = jax.eval_shape(micro_step, jax.tree.map(lambda leaf: leaf[0], batch), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, xs: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro_step(*xs)), None
+
+    return jax.lax.scan(add, zeros, (batch, keys))[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: Arrays,
+    *,
+    sums_fn: SumsFn,
+    coefficients: dict[str, float],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    freeze: Callable[[str], bool],
+) -> tuple[TrainState, Arrays]:
+    """One optimizer step on a batch [A, ...]; a step that is not finite changes no weight."""
+    trainable, frozen = partition(state.model, freeze)
+    key = jax.random.fold_in(state.key, state.step)
+    sums, gradients = loss_and_gradients(
+        trainable, frozen, batch, key, sums_fn=sums_fn, coefficients=coefficients
+    )
+    metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
+    loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
+    norm = optax.global_norm(gradients)
+    rate = schedule(state.step)
+    directions, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+    updated = jax.tree.map(lambda p, m: p - rate * m, trainable, directions)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    bad = (~finite).astype(jnp.int32)
+    new_state = TrainState(
+        step=state.step + 1,
+        model=combine(jax.tree.map(keep, updated, trainable), frozen),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        key=state.key,
+        skipped=state.skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    counters = {
+        "skipped_steps": new_state.skipped,
+        "skipped_in_a_row": new_state.skipped_in_a_row,
+        "tokens": sums["padding_share"][1] - sums["padding_share"][0],
+    }
+    return new_state, metrics | counters
+
+
+def make_step(
+    phase: str, settings: PhaseConfig, compute: ComputeConfig, num_steps: int
+) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
+    """The jitted `train_step` of a phase, "sft" or "rank"; it donates the state it is given."""
+    forward = dataclasses.asdict(compute) | {
+        "neftune_alpha": settings.neftune_alpha,
+        "mixce_eta": settings.mixce_eta,
+    }
+    coefficients = {"token": 1.0}
+    if phase == "rank":
+        coefficients["rank_loss"] = settings.rank_weight
+    optimizer = settings.optimizer
+    step = partial(
+        train_step,
+        sums_fn=partial(rank_sums if phase == "rank" else sft_sums, **forward),
+        coefficients=coefficients,
+        optimizer=make_optimizer(optimizer),
+        schedule=cosine_schedule(optimizer.learning_rate, num_steps, optimizer.warmup_ratio),
+        freeze=is_embedding if optimizer.freeze_embeddings else lambda _: False,
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def init_state(model: StableLM, settings: PhaseConfig, seed: int) -> TrainState:
+    """Step 0 on given weights, with fresh optimizer statistics."""
+    freeze = is_embedding if settings.optimizer.freeze_embeddings else lambda _: False
+    trainable, _ = partition(model, freeze)
+    zero = jnp.zeros([], jnp.int32)
+    return TrainState(
+        step=zero,
+        model=model,
+        opt_state=make_optimizer(settings.optimizer).init(trainable),
+        key=jax.random.PRNGKey(seed),
+        skipped=jnp.zeros_like(zero),
+        skipped_in_a_row=jnp.zeros_like(zero),
+    )
+
+
+def carry_optimizer(folder: Path, state: TrainState) -> TrainState:
+    """`state` with the optimizer statistics saved in `folder`, if it holds any."""
+    if not checkpoint.has_train(folder):
+        return state
+    saved = checkpoint.restore_train(folder, state.without_model())
+    return dataclasses.replace(state, opt_state=saved["opt_state"])
+
+
+def run(
+    phase: str,
+    workdir: Path,
+    loader: Loader,
+    state: TrainState,
+    *,
+    settings: PhaseConfig,
+    compute: ComputeConfig,
+    identity: dict[str, Any],
+) -> TrainState:
+    """Trains from `state`, or from the newest checkpoint of `workdir`, to the loader's end.
+
+    Args:
+      phase: "sft" or "rank".
+      workdir: gets checkpoints/, metrics.jsonl and tensorboard/.
+      identity: JSON that must be equal for a resumption, such as config and hashes of inputs; saved
+        with every checkpoint.
+
+    Raises:
+      ConfigError: `workdir` belongs to another identity; the differing fields are listed.
+      TrainingStopped: three steps in a row were not finite; the last good state is saved.
+    """
+    batches = iter(loader)
+    state = resume(workdir, state, batches, identity)
+    step_fn = make_step(phase, settings, compute, loader.num_steps)
+    start = int(state.step)
+    with (
+        checkpoint.open_manager(workdir, keep=settings.keep_checkpoints) as manager,
+        MetricsWriter(workdir, resume_step=start, num_steps=len(loader), label=phase) as writer,
+    ):
+        meter = Meter(start)
+        for step in range(start + 1, loader.num_steps + 1):
+            state, metrics = step_fn(state, next(batches))
+            meter.count(metrics)
+            last = step == loader.num_steps
+            if last or step % settings.log_every == 0:
+                writer.write(step, meter.read(step, epoch=step / loader.num_steps * settings.epochs))
+            stop = int(metrics["skipped_in_a_row"]) >= MAX_SKIPPED_IN_A_ROW
+            if last or stop or step % settings.checkpoint_every == 0:
+                meta = {"identity": identity, "loader": batches.get_state(), "step": step}
+                checkpoint.save(manager, step, state.model, meta, state.without_model())
+            if stop:
+                manager.wait_until_finished()
+                raise TrainingStopped(
+                    f"{phase}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a "
+                    f"row, up to step {step}; the last good weights are saved in {workdir}. Lower "
+                    f"the learning rate ({settings.optimizer.learning_rate:g}) or look at the data."
+                )
+    return state
+
+
+def resume(workdir: Path, state: TrainState, batches: Any, identity: dict[str, Any]) -> TrainState:
+    """The newest saved state of `workdir` with the data iterator set behind it; else `state`."""
+    if not (workdir / "checkpoints").is_dir():
+        workdir.mkdir(parents=True, exist_ok=True)
+        return state
+    try:
+        step = checkpoint.latest_step(workdir)
+    except checkpoint.CheckpointError:  # killed before its first checkpoint
+        return state
+    meta = checkpoint.read_meta(workdir, step)
+    if lines := difference(meta["identity"], identity):
+        raise ConfigError(
+            f"{workdir} holds a run with another config: use another --workdir, or delete it. "
+            "Differing (saved -> given): " + "; ".join(lines)
+        )
+    batches.set_state(meta["loader"])
+    model, _ = checkpoint.restore_model(workdir)
+    saved = checkpoint.restore_train(workdir, state.without_model(), step)
+    return TrainState(model=model, **saved)
+
+
+class Meter:
+    """Metrics of the newest step, with tokens per second since the last reading."""
+
+    def __init__(self, step: int):
+        self._time, self._tokens = time.perf_counter(), 0.0
+        self._latest: Arrays = {}
+
+    def count(self, metrics: Arrays) -> None:
+        self._tokens += float(metrics["tokens"])
+        self._latest = metrics
+
+    def read(self, step: int, epoch: float) -> dict[str, float]:
+        now = time.perf_counter()
+        hidden = ("tokens", "skipped_in_a_row", "token")
+        row = {name: float(value) for name, value in self._latest.items() if name not in hidden}
+        row |= {"tokens_per_second": self._tokens / (now - self._time), "epoch": epoch}
+        self._time, self._tokens = now, 0.0
+        return row
