@@ -4,14 +4,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {
-    "rounds": ("memphis_jax.rounds.run", "run", "the whole recipe: SFT, then rounds of sampling and ranking"),
-    "train": ("memphis_jax.commands", "train", "one training phase, SFT or rank"),
-    "sample": ("memphis_jax.commands", "sample", "answers to questions, by the JAX sampler"),
-    "grade": ("memphis_jax.rounds.commands", "grade", "check answers against the ground truth"),
-    "pairs": ("memphis_jax.rounds.commands", "pairs", "correct-incorrect pairs from graded answers"),
-    "accuracy": ("memphis_jax.rounds.commands", "accuracy", "accuracies of graded held-out answers"),
-    "report": ("memphis_jax.report", "main", "one HTML page about a run"),
+COMMANDS = {  # name: (module, function, what it does)
+    "rounds": ("rounds.run", "run", "the whole recipe: SFT, then rounds of sampling and ranking"),
+    "data": ("data.prepare", "data", "the data files of a run"),
+    "train": ("commands", "train", "one training phase, SFT or rank"),
+    "sample": ("commands", "sample", "answers to questions, by the JAX sampler"),
+    "grade": ("rounds.commands", "grade", "check answers against the ground truth"),
+    "pairs": ("rounds.commands", "pairs", "correct-incorrect pairs of graded answers"),
+    "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
+    "report": ("report", "main", "one HTML page about a run"),
 }
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"memphis: no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[argv[0]]
     try:
-        getattr(importlib.import_module(module), function)(argv[1:])
+        getattr(importlib.import_module(f"memphis_jax.{module}"), function)(argv[1:])
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("jax") or "--traceback" in argv:
             raise

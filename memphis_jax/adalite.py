@@ -22,7 +22,7 @@ PerLeaf = Any | Callable[[optax.Params], Any]
 
 
 class ScaleByAdaliteState(NamedTuple):
-    count: jax.Array  # int32 scalar, steps taken
+    count: jax.Array  # type: ignore[assignment]  # int32 scalar, steps taken
     second_moment: optax.Params  # per leaf: float32 [stack..., out], or [stack...] for a vector
     momentum: optax.Params | None  # like the parameters; None where momentum is 0
 
@@ -38,6 +38,10 @@ def _axes(ndim: int, stacked: int, out_first: bool) -> _Axes:
         return _Axes(tensor, tensor)
     out = tensor[0] if out_first else tensor[-1]
     return _Axes(tensor, tuple(axis for axis in tensor if axis != out))
+
+
+def _flatten(params: optax.Params) -> tuple[list[jax.Array], Any]:
+    return jax.tree.flatten(params)
 
 
 def _leaf_axes(params: optax.Params, stacked: PerLeaf, out_first: PerLeaf) -> list[_Axes]:
@@ -118,9 +122,10 @@ def scale_by_adalite(
     """
 
     def init(params: optax.Params) -> ScaleByAdaliteState:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = _flatten(params)
         axes = _leaf_axes(params, stacked, out_first)
-        moments = [jnp.zeros_like(p, jnp.float32).mean(a.reduced) for p, a in zip(leaves, axes)]
+        pairs = zip(leaves, axes, strict=True)
+        moments = [jnp.zeros_like(p, jnp.float32).mean(a.reduced) for p, a in pairs]
         buffers = optax.tree.zeros_like(params, dtype=jnp.float32) if momentum > 0 else None
         return ScaleByAdaliteState(jnp.zeros([], jnp.int32), treedef.unflatten(moments), buffers)
 
@@ -133,7 +138,7 @@ def scale_by_adalite(
         beta = 1.0 - count.astype(jnp.float32) ** -beta_decay
         step = partial(_direction, beta=beta, eps=eps, lambda_=lambda_, centralize=centralize)
 
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = _flatten(params)
         gradients = treedef.flatten_up_to(updates)
         moments = treedef.flatten_up_to(state.second_moment)
         axes = _leaf_axes(params, stacked, out_first)

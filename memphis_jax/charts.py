@@ -1,13 +1,14 @@
-"""The charts of report.html: plain numbers in, inline SVG out.
+"""The charts of report.html: rows of numbers in, titles with inline SVG out.
 
-Imports matplotlib, numpy and markupsafe; nothing of ours and no jax. Each chart is drawn narrow (about
-four inches), so that its text stays readable when CSS fits it to a phone.
+Imports matplotlib, numpy and markupsafe; nothing of ours and no jax. Each chart is drawn narrow
+(about four inches), so that its text stays readable when CSS fits it to a phone.
 """
 
 import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,14 +28,12 @@ COLOURS = {
     "grey": "#9aa0a6",
 }
 BLUE, ORANGE, GREY = COLOURS["blue"], COLOURS["orange"], COLOURS["grey"]
-STACK = [COLOURS[name] for name in ("blue", "yellow", "orange", "grey")]
-STYLE = {
-    "font.size": 7.5,
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.limits": (-3, 5),
     "axes.edgecolor": GREY,
     "axes.labelcolor": COLOURS["ink"],
     "text.color": COLOURS["ink"],
@@ -48,9 +47,27 @@ STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text, in the page's font
 }
+# Name in pairs.json -> colour.
+OUTCOMES = {"all_correct": "blue", "mixed": "yellow", "all_wrong": "orange", "no_valid": "grey"}
+VERDICTS = {"correct": "blue", "incorrect": "orange", "invalid": "yellow", "unknown": "grey"}
+SFT_PANELS = {
+    "Loss and cross entropy": ("loss", "ce"),
+    "Learning rate": ("learning_rate",),
+    "Gradient norm": ("grad_norm",),
+}
+RANK_PANELS = {
+    "Loss": ("loss",),
+    "Cross entropy of the ground truth, per token": ("ce",),
+    "Ranking loss, per group": ("rank_loss",),
+    "Margin, chosen − rejected, per token": ("rank_margin",),  # noqa: RUF001
+    "Log-probability per token": ("chosen_logprob", "rejected_logprob"),
+    "Learning rate": ("learning_rate",),
+    "Gradient norm": ("grad_norm",),
+}
 HISTOGRAM_BINS = 30
 
-Step = Mapping[str, float]
+Row = Mapping[str, Any]
+Chart = tuple[str, Markup]  # title, <svg>
 
 
 def _svg(title: str, draw: Callable[[Axes], object], width: float, height: float) -> Markup:
@@ -71,13 +88,13 @@ def _svg(title: str, draw: Callable[[Axes], object], width: float, height: float
     return Markup(svg)
 
 
-def lines_with_errors(
+def _lines_with_errors(
     title: str,
     labels: Sequence[str],
     lines: Mapping[str, Sequence[tuple[float, float]]],
     limits: tuple[float, float],
 ) -> Markup:
-    """Up to two named lines over `labels`, each a (percent, standard error) per label; NaN = gap."""
+    """Up to two named lines over `labels`, a (percent, standard error) per label; NaN = gap."""
 
     def draw(axes: Axes) -> None:
         looks = ((BLUE, "o", -0.04), (ORANGE, "s", 0.04))
@@ -93,11 +110,11 @@ def lines_with_errors(
         axes.set_ylabel("correct, %")
         axes.legend(loc="best")
 
-    return _svg(title, draw, 4.2, 2.4)
+    return _svg(title, draw, 4.4, 2.5)
 
 
-def curves(title: str, names: Sequence[str], runs: Mapping[str, Sequence[Step]]) -> Markup:
-    """Up to two metrics over steps. Several runs stand end to end, each labelled above its stretch."""
+def _curves(title: str, names: Sequence[str], runs: Mapping[str, Sequence[Row]]) -> Markup:
+    """Up to two metrics over steps. Several runs stand end to end, each under its label."""
 
     def draw(axes: Axes) -> None:
         start = 0.0
@@ -117,31 +134,37 @@ def curves(title: str, names: Sequence[str], runs: Mapping[str, Sequence[Step]])
         if len(names) > 1:
             axes.legend([name.replace("_logprob", "") for name in names])
         axes.set_xlabel("step")
+        # "2e-06" at each tick: a common factor above the axis would meet the labels of the runs.
+        axes.yaxis.set_major_formatter("{x:g}")
 
     return _svg(title, draw, 3.5, 2.1)
 
 
-def stacked_bars(title: str, labels: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Markup:
-    """One horizontal bar per label, split into up to four parts as shares of the bar's sum."""
+def _stacked_bars(
+    title: str, labels: Sequence[str], parts: Mapping[str, tuple[str, Sequence[float]]]
+) -> Markup:
+    """One horizontal bar per label; parts: name -> (colour, values), as shares of the bar's sum."""
 
     def draw(axes: Axes) -> None:
-        total = np.maximum(np.sum(list(parts.values()), axis=0), 1)
+        total = np.maximum(np.sum([values for _, values in parts.values()], axis=0), 1)
         left = np.zeros(len(labels))
-        for (name, values), colour in zip(parts.items(), STACK, strict=False):
+        for name, (colour, values) in parts.items():
             width = 100 * np.array(values) / total
-            axes.barh(labels, width, 0.62, left, label=name, color=colour)
+            axes.barh(labels, width, 0.62, left, label=name, color=COLOURS[colour])
             left += width
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel("%")
-        axes.figure.legend(loc="outside upper center", ncols=4, handlelength=1, columnspacing=1)
+        axes.figure.legend(
+            loc="outside upper center", ncols=len(parts), handlelength=1, columnspacing=1
+        )
 
-    return _svg(title, draw, 4.2, 0.9 + 0.25 * len(labels))
+    return _svg(title, draw, 4.4, 0.9 + 0.25 * len(labels))
 
 
-def histogram(title: str, unit: str, values: Mapping[str, Sequence[float]]) -> Markup:
-    """Shares of each named list of whole numbers over common bins; later lists are drawn stronger."""
+def _histogram(title: str, unit: str, values: Mapping[str, Sequence[float]]) -> Markup:
+    """Shares of each named list of whole numbers over common bins; later lists are stronger."""
 
     def draw(axes: Axes) -> None:
         top = max(max(numbers) for numbers in values.values())
@@ -154,21 +177,84 @@ def histogram(title: str, unit: str, values: Mapping[str, Sequence[float]]) -> M
         axes.set_ylabel("share, %")
         axes.legend()
 
-    return _svg(title, draw, 4.2, 2.4)
+    return _svg(title, draw, 4.4, 2.5)
 
 
-def lines(
+def _lines(
     title: str, unit: str, labels: Sequence[str], values: Mapping[str, Sequence[float]]
 ) -> Markup:
-    """Up to two named lines over `labels`; NaN = gap."""
+    """Up to two named lines of positive numbers over `labels`, from 0 up."""
 
     def draw(axes: Axes) -> None:
         for (name, y), colour, marker in zip(values.items(), (BLUE, ORANGE), "os", strict=False):
             axes.plot(y, color=colour, marker=marker, markersize=3.5, label=name)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.3, len(labels) - 0.7)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2 * max(max(y) for y in values.values()) or 1)
         axes.set_ylabel(unit)
         axes.legend()
 
-    return _svg(title, draw, 4.2, 2.4)
+    return _svg(title, draw, 4.4, 2.5)
+
+
+def accuracy_charts(evals: Sequence[Row]) -> list[Chart]:
+    """Validation and test on one scale; evals: {label, cells: {name: (percent, error) or None}}."""
+    known = [cell for row in evals for cell in row["cells"].values() if cell]
+    if not known:
+        return []
+    low = max(0.0, min(value - 2 * error for value, error in known) - 2)
+    high = min(100.0, max(value + 2 * error for value, error in known) + 2)
+    made = []
+    for split in ("validation", "test"):
+        cells = {
+            kind: [row["cells"][f"{split}_{kind}"] or (math.nan, math.nan) for row in evals]
+            for kind in ("greedy", "sampled")
+        }
+        title = f"Accuracy, {split} questions"
+        labels = [row["label"] for row in evals]
+        made.append((title, _lines_with_errors(title, labels, cells, (low, high))))
+    return made
+
+
+def curve_charts(
+    phase: str, panels: Mapping[str, Sequence[str]], runs: Mapping[str, Sequence[Row]]
+) -> list[Chart]:
+    """One chart per panel {title: metric names} over the metrics of each run {label: rows}."""
+    runs = {label: rows for label, rows in runs.items() if rows}
+    if not runs:
+        return []
+    # The phase keeps the ids in two charts of one title apart.
+    return [(title, _curves(f"{phase}: {title}", names, runs)) for title, names in panels.items()]
+
+
+def yield_charts(rounds: Sequence[Row]) -> list[Chart]:
+    """What became of the questions and of the samples; rounds: {label, stats, verdicts}."""
+    rounds = [row for row in rounds if row["stats"]]
+    if not rounds:
+        return []
+    made = []
+    for title, field, colours in (
+        ("Questions by the outcome of their samples", "stats", OUTCOMES),
+        ("Samples by verdict", "verdicts", VERDICTS),
+    ):
+        parts = {
+            name.replace("_", " "): (colour, [row[field].get(name, 0) for row in rounds])
+            for name, colour in colours.items()
+        }
+        made.append((title, _stacked_bars(title, [row["label"] for row in rounds], parts)))
+    return made
+
+
+def length_charts(rounds: Sequence[Row]) -> list[Chart]:
+    """Tokens of all samples, characters of pairs; rounds: {label, tokens, chosen, rejected}."""
+    made = []
+    tokens = {row["label"]: row["tokens"] for row in rounds if row["tokens"]}
+    if tokens:
+        title = "Length of the sampled training answers"
+        made.append((title, _histogram(title, "tokens", tokens)))
+    rounds = [row for row in rounds if row["chosen"] is not None]
+    if rounds:
+        title = "Mean length of chosen and rejected"
+        means = {name: [row[name] for row in rounds] for name in ("chosen", "rejected")}
+        made.append((title, _lines(title, "characters", [row["label"] for row in rounds], means)))
+    return made

@@ -18,7 +18,7 @@ import numpy as np
 from memphis_jax import config as configs
 from memphis_jax.data.prompts import STOP, encode_prompt, load_tokenizer
 from memphis_jax.rounds.files import read_jsonl, sha256_file, sha256_folder, write_jsonl
-from memphis_jax.runtime import start_jax, versions
+from memphis_jax.versions import versions
 
 
 def train(argv: Sequence[str]) -> None:
@@ -42,10 +42,12 @@ def train(argv: Sequence[str]) -> None:
     )
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
-    start_jax()
     from memphis_jax import checkpoint
     from memphis_jax import train as training
     from memphis_jax.data import examples, loader
+    from memphis_jax.runtime import start_jax
+
+    start_jax()
 
     settings = config.sft if args.phase == "sft" else config.rank
     tokenizer_folder = args.tokenizer or (args.init / "tokenizer" if args.init else None)
@@ -153,14 +155,16 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args(argv)
-    start_jax()
     from memphis_jax import checkpoint, sampler
+    from memphis_jax.runtime import start_jax
+
+    start_jax()
 
     questions = [row for path in args.questions for row in read_jsonl(path)]
     if 0 < args.num_questions < len(questions):
         chosen = np.random.default_rng(args.seed).permutation(len(questions))
         questions = [questions[i] for i in sorted(chosen[: args.num_questions])]
-    model, meta = checkpoint.restore_model(args.checkpoint)
+    model, _ = checkpoint.restore_model(args.checkpoint)
     tokenizer, eos_id = load_tokenizer(args.checkpoint / "tokenizer")
     rows = [(row["id"], number) for row in questions for number in range(args.num_samples)]
     encoded = {row["id"]: encode_prompt(tokenizer, row["prompt"]) for row in questions}

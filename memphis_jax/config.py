@@ -88,7 +88,7 @@ class ModelConfig:
             f"num_key_value_heads = {self.num_key_value_heads}",
         )
         _require(
-            0 < self.partial_rotary_factor <= 1 and self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+            self.partial_rotary_factor <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
             f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_dim} "
             f"gives {self.rotary_dim} rotary dimensions: an even number greater than 0 is needed",
         )
@@ -158,7 +158,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         derived = hf.get("hidden_size", 2560) // hf.get("num_attention_heads", 32)
         _require(
             hf["head_dim"] == derived,
-            f"head_dim = {hf['head_dim']} differs from hidden_size / num_attention_heads = {derived}",
+            f"head_dim = {hf['head_dim']} is not hidden_size / num_attention_heads = {derived}",
         )
 
 
@@ -322,7 +322,7 @@ class RunConfig:
 
 
 def build(cls: Any, values: Mapping[str, Any], path: str = "config") -> Any:
-    """Dataclass `cls` from nested mappings; ConfigError for an unknown, missing or ill-typed field."""
+    """Dataclass `cls` of nested mappings; ConfigError for unknown, missing or ill-typed fields."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
@@ -356,7 +356,7 @@ def _convert(kind: type, value: Any, where: str) -> Any:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """RunConfig of a configs/*.py file (or a saved config.json) with `--config.a.b=value` overrides."""
+    """RunConfig of a configs/*.py (or a saved config.json) with `--config.a.b=value` overrides."""
     _require(Path(path).is_file(), f"--config {path}: no such file")
     if path.endswith(".json"):
         _require(not overrides, f"{path} is a saved config: it takes no overrides ({overrides})")

@@ -27,8 +27,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 QUERY_CHUNK = 128  # queries whose attention scores exist at once
 
-# attend(cache, layer, q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], cache)
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# attend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], what it keeps: a cache or None)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Linear(nnx.Module):
@@ -95,15 +95,16 @@ class Rotary:
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v where mask, float32 softmax, kv-heads shared by groups of heads.
 
-    q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool. Returns [B, T, N, H] in q's dtype. A
-    query without a single allowed key (padding) gets the plain mean of v: finite, never used.
+    q [B, T, N, H]; k, v [B, K, S, H], the layout in which a matmul reads them fastest; mask
+    [B, T, S] bool. Returns [B, T, N, H] in q's dtype. A query without a single allowed key
+    (padding) gets the plain mean of v: finite, never used.
     """
     batch, length, heads, dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)  # [B, T, K, R, H]
-    scores = jnp.einsum("btkrh,bskh->bkrts", grouped, k, preferred_element_type=jnp.float32)
+    grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], dim)  # [B, T, K, R, H]
+    scores = jnp.einsum("btkrh,bksh->bkrts", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * dim**-0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkrts,bskh->btkrh", weights, v)
+    out = jnp.einsum("bkrts,bksh->btkrh", weights, v)
     return out.reshape(batch, length, heads, dim)
 
 
@@ -117,13 +118,14 @@ def causal_attention(
     """
     length = q.shape[1]
     position = jnp.arange(length)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     outputs = []
     for start in range(0, length, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, length)
         mask = (position[start:end, None] >= position[None, :end])[None]  # [1, T, S]
         if segment_ids is not None:
             mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-        outputs.append(masked_attention(q[:, start:end], k[:, :end], v[:, :end], mask))
+        outputs.append(masked_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], mask))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
@@ -141,9 +143,7 @@ class Attention(nnx.Module):
         self.q_layernorm = norm(config.num_attention_heads) if config.qk_layernorm else None
         self.k_layernorm = norm(config.num_key_value_heads) if config.qk_layernorm else None
 
-    def __call__(
-        self, x: jax.Array, rotary: Rotary, attend: Callable[..., tuple[jax.Array, Any]]
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).reshape(heads)  # [B, T, N, H]
         k = self.k_proj(x).reshape(heads)  # [B, T, K, H]
@@ -183,9 +183,7 @@ class Block(nnx.Module):
             else LayerNorm(config.hidden_size, config.layer_norm_eps)
         )
 
-    def __call__(
-        self, x: jax.Array, rotary: Rotary, attend: Callable[..., tuple[jax.Array, Any]]
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         normed = self.input_layernorm(x)
         attended, cache = self.self_attn(normed, rotary, attend)
         if self.post_attention_layernorm is None:
@@ -210,34 +208,11 @@ class StableLM(nnx.Module):
         self.lm_head = None if tied else Linear(head_key, shape[::-1], std=std)
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype | str = jnp.float32) -> jax.Array:
-        """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, the compute dtype from here on."""
+        """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, which all compute then follows."""
         return self.embed_tokens[...].astype(dtype)[tokens]
 
-    def run_layers(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        cache: Any = None,
-        *,
-        remat: str = "none",
-    ) -> tuple[jax.Array, Any]:
-        """Embeddings [B, T, D] through all layers and the final norm -> ([B, T, D], cache).
-
-        `attend` says which keys a query sees; `cache`, any pytree, is threaded through the layers.
-        remat="full" recomputes each layer in the backward pass.
-        """
-        rotary = Rotary(positions, self.config.rotary_dim, self.config.rope_theta)
-
-        def body(carry: tuple[jax.Array, Any], xs: tuple[Block, jax.Array]) -> tuple[Any, None]:
-            (x, cache), (block, layer) = carry, xs
-            return block(x, rotary, partial(attend, cache, layer)), None
-
-        if remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        layers = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (self.layers, layers))
-        return self.norm(x), cache
+    def rotary(self, positions: jax.Array) -> Rotary:
+        return Rotary(positions, self.config.rotary_dim, self.config.rope_theta)
 
     def hidden(
         self,
@@ -247,14 +222,22 @@ class StableLM(nnx.Module):
         *,
         remat: str = "none",
     ) -> jax.Array:
-        """Final hidden states [B, T, D] of packed rows; see `causal_attention` for segment_ids."""
+        """Embeddings [B, T, D] of packed rows through all layers and the final norm, [B, T, D].
 
-        def attend(
-            cache: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-        ) -> tuple[jax.Array, None]:
-            return causal_attention(q, k, v, segment_ids), cache
+        See `causal_attention` for segment_ids; positions [B, T] restart in every segment.
+        remat="full" recomputes each layer in the backward pass.
+        """
+        rotary = self.rotary(positions)
 
-        return self.run_layers(embeddings, positions, attend, remat=remat)[0]
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return causal_attention(q, k, v, segment_ids), None
+
+        def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return block(x, rotary, attend)
+
+        if remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        return self.norm(jax.lax.scan(body, embeddings, self.layers)[0])
 
     def head(self) -> jax.Array:
         """Output projection [D, V]; the transposed embedding where tied."""
@@ -267,7 +250,7 @@ class StableLM(nnx.Module):
         segment_ids: jax.Array | None = None,
         dtype: jnp.dtype | str = jnp.float32,
     ) -> jax.Array:
-        """tokens [B, T] int32 -> logits [B, T, V] float32, for checks: training never builds them."""
+        """tokens [B, T] int32 -> float32 logits [B, T, V], for checks only: training has none."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden = self.hidden(self.embed(tokens, dtype), positions, segment_ids)

@@ -1,9 +1,9 @@
 """One self-contained HTML page per run: what was run, what came out, and the pairs to read.
 
 Reads the files that the stages leave in a workdir (config.json, ledger/, eval/, metrics, pairs) and
-writes report.html beside them: inline SVG, inline CSS, one small script, nothing loaded from anywhere.
-A file that is not there yet leaves a gap which the page names, so a run that goes on has a report
-too. Model output is data here: jinja escapes it, and the script only ever sets it as text.
+writes report.html beside them: inline SVG, inline CSS, one small script, nothing loaded from
+anywhere. A file that is not there yet leaves a gap which the page names, so a run that goes on has
+a report too. Model output is data here: jinja escapes it, and the script only sets it as text.
 Imports `charts` of ours, and no jax.
 
     python -m memphis_jax.report WORKDIR
@@ -16,7 +16,7 @@ import os
 import re
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,6 @@ MOST_PAIRS = 300  # per round
 MOST_PAIR_BYTES = 1_000_000  # of all rounds together: keeps the page under 2 MB
 
 ACCURACIES = ("validation_greedy", "validation_sampled", "test_greedy", "test_sampled")
-OUTCOMES = ("all_correct", "mixed", "all_wrong", "no_valid")
-VERDICTS = ("correct", "incorrect", "invalid", "unknown")
-SFT_PANELS = {
-    "Loss and cross entropy": ("loss", "ce"),
-    "Learning rate": ("learning_rate",),
-    "Gradient norm": ("grad_norm",),
-}
-RANK_PANELS = {
-    "Loss": ("loss",),
-    "Cross entropy of the ground truth, per token": ("ce",),
-    "Ranking loss, per group": ("rank_loss",),
-    "Margin, chosen − rejected, per token": ("rank_margin",),  # noqa: RUF001
-    "Log-probability per token": ("chosen_logprob", "rejected_logprob"),
-    "Learning rate": ("learning_rate",),
-    "Gradient norm": ("grad_norm",),
-}
 
 
 def _read_json(path: Path) -> Row:
@@ -141,7 +125,7 @@ def time_table(ledger: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 def choose_pairs(pairs: Sequence[Row], most: int, most_bytes: int) -> list[Row]:
     """At most `most` of the pairs, evenly spread over the file, of about `most_bytes` as JSON."""
-    size = sum(len(json.dumps(pair, ensure_ascii=False).encode()) for pair in pairs)
+    size = sum(len(json.dumps(pair, ensure_ascii=False).encode(errors="replace")) for pair in pairs)
     count = min(len(pairs), most, len(pairs) * most_bytes // max(size, 1))
     return [pairs[i * len(pairs) // count] for i in range(count)]
 
@@ -163,61 +147,6 @@ def _read_round(workdir: Path, number: int) -> Row:
         "chosen": _mean([len(row["chosen"]) for row in pairs]),
         "rejected": _mean([len(row["rejected"]) for row in pairs]),
     }
-
-
-def _accuracy_charts(evals: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Validation and test, on one scale."""
-    cells = [_accuracy(row, name) for row in evals for name in ACCURACIES]
-    known = [cell for cell in cells if cell]
-    if not known:
-        return
-    low = max(0.0, min(value - 2 * error for value, error in known) - 2)
-    high = min(100.0, max(value + 2 * error for value, error in known) + 2)
-    for split in ("validation", "test"):
-        lines = {
-            kind: [_accuracy(row, f"{split}_{kind}") or (math.nan, math.nan) for row in evals]
-            for kind in ("greedy", "sampled")
-        }
-        title = f"Accuracy, {split} questions"
-        labels = [row["label"] for row in evals]
-        yield title, charts.lines_with_errors(title, labels, lines, (low, high))
-
-
-def _curves(
-    prefix: str, panels: Mapping[str, Sequence[str]], runs: Mapping[str, list[Row]]
-) -> list[tuple[str, str]]:
-    runs = {label: rows for label, rows in runs.items() if rows}
-    if not runs:
-        return []
-    # The prefix keeps the ids of two charts of one name apart.
-    return [
-        (title, charts.curves(f"{prefix}: {title}", names, runs)) for title, names in panels.items()
-    ]
-
-
-def _yield_charts(rounds: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    rounds = [row for row in rounds if row["stats"]]
-    for title, field, names in (
-        ("Questions by the outcome of their samples", "stats", OUTCOMES),
-        ("Samples by verdict", "verdicts", VERDICTS),
-    ):
-        parts = {
-            name.replace("_", " "): [row[field].get(name, 0) for row in rounds] for name in names
-        }
-        if rounds:
-            yield title, charts.stacked_bars(title, [row["label"] for row in rounds], parts)
-
-
-def _length_charts(rounds: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    tokens = {row["label"]: row["tokens"] for row in rounds if row["tokens"]}
-    if tokens:
-        title = "Length of the sampled training answers"
-        yield title, charts.histogram(title, "tokens", tokens)
-    rounds = [row for row in rounds if row["pairs"]]
-    if rounds:
-        title = "Mean length of chosen and rejected"
-        means = {name: [row[name] for row in rounds] for name in ("chosen", "rejected")}
-        yield title, charts.lines(title, "characters", [row["label"] for row in rounds], means)
 
 
 def _flatten(values: Row, prefix: str = "") -> list[tuple[str, Any]]:
@@ -299,7 +228,7 @@ def _context(workdir: Path) -> Row:
     rounds = [_read_round(workdir, r) for r in range(1, max([planned, *there]) + 1)]
     stages = [("sft", "SFT"), *((f"round{i}", row["label"]) for i, row in enumerate(rounds, 1))]
     evals = [
-        {**values, "label": label, "cells": [_accuracy(values, name) for name in ACCURACIES]}
+        {**values, "label": label, "cells": {name: _accuracy(values, name) for name in ACCURACIES}}
         for stage, label in stages
         if (values := _read_json(workdir / "eval" / f"{stage}.json"))
     ]
@@ -312,18 +241,18 @@ def _context(workdir: Path) -> Row:
         "facts": _what_was_run(workdir, config, ledger),
         "ledger": ledger,
         "evals": evals,
-        "accuracy_charts": list(_accuracy_charts(evals)),
+        "accuracy_charts": list(charts.accuracy_charts(evals)),
         "training": [_training(label, rows) for label, rows in training.items() if rows],
-        "sft_charts": _curves("SFT", SFT_PANELS, {"SFT": training.pop("SFT")}),
-        "rank_charts": _curves("Rank", RANK_PANELS, training),
+        "sft_charts": charts.curve_charts("SFT", charts.SFT_PANELS, {"SFT": training.pop("SFT")}),
+        "rank_charts": charts.curve_charts("Rank", charts.RANK_PANELS, training),
         "rounds": rounds,
-        "yield_charts": list(_yield_charts(rounds)),
-        "length_charts": list(_length_charts(rounds)),
+        "yield_charts": list(charts.yield_charts(rounds)),
+        "length_charts": list(charts.length_charts(rounds)),
         "times": time_table(ledger),
         "browser": _pair_browser(rounds),
         "config": _flatten(config),
-        "OUTCOMES": OUTCOMES,
-        "VERDICTS": VERDICTS,
+        "OUTCOMES": list(charts.OUTCOMES),
+        "VERDICTS": list(charts.VERDICTS),
     }
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memphis_jax.model import StableLM, masked_attention, project
+from memphis_jax.model import Block, StableLM, masked_attention, project
 
 PROMPT_MULTIPLE = 32  # prompt lengths are padded to it, so that few shapes are compiled
 BLOCK = 16  # tokens decoded between two looks of the host
@@ -28,9 +28,12 @@ class Completion(NamedTuple):
     finish_reason: str  # "stop" (EOS or stop text) or "length"
 
 
-class Cache(NamedTuple):
-    key: jax.Array  # [L, B, S, K, H]
+class LayerCache(NamedTuple):
+    key: jax.Array  # [B, K, S, H]
     value: jax.Array
+
+
+Cache = tuple[LayerCache, ...]  # one per layer: updated in place, where a stack would be copied
 
 
 def top_p_mask(probabilities: jax.Array, top_p: float) -> jax.Array:
@@ -72,8 +75,15 @@ def sample_tokens(
     return jnp.argmax(cumulative > threshold, axis=-1).astype(jnp.int32)
 
 
+def _unstack(model: StableLM) -> list[Block]:
+    """The layers one by one."""
+    number = model.config.num_hidden_layers
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], model.layers) for i in range(number)]
+
+
 def _forward(
     model: StableLM,
+    blocks: list[Block],
     tokens: jax.Array,
     slots: jax.Array,
     padding: jax.Array,
@@ -82,21 +92,23 @@ def _forward(
 ) -> tuple[jax.Array, Cache]:
     """tokens [B, T] into consecutive cache slots [T] -> (logits of the last [B, V], cache)."""
     positions = jnp.maximum(slots[None] - padding[:, None], 0)  # [B, T]
-    slot = jnp.arange(cache.key.shape[2])
+    slot = jnp.arange(cache[0].key.shape[2])
     seen = slot[None, None] <= slots[None, :, None]  # [1, T, S]
     mask = seen & (slot[None, None] >= padding[:, None, None])
 
     def attend(
-        cache: Cache, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        start = (layer, 0, slots[0], 0, 0)
-        keys = jax.lax.dynamic_update_slice(cache.key, k[None], start)
-        values = jax.lax.dynamic_update_slice(cache.value, v[None], start)
-        out = masked_attention(q, keys[layer], values[layer], mask)
-        return out, Cache(keys, values)
+        layer: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        start = (0, 0, slots[0], 0)
+        keys = jax.lax.dynamic_update_slice(layer.key, k.swapaxes(1, 2), start)
+        values = jax.lax.dynamic_update_slice(layer.value, v.swapaxes(1, 2), start)
+        return masked_attention(q, keys, values, mask), LayerCache(keys, values)
 
-    x, cache = model.run_layers(model.embed(tokens, dtype), positions, attend, cache)
-    return project(x[:, -1], model.head()), cache
+    x, rotary, written = model.embed(tokens, dtype), model.rotary(positions), []
+    for block, layer in zip(blocks, cache, strict=True):
+        x, layer = block(x, rotary, partial(attend, layer))
+        written.append(layer)
+    return project(model.norm(x[:, -1]), model.head()), tuple(written)
 
 
 class _Rows(NamedTuple):
@@ -124,10 +136,11 @@ def _prefill(
     """Left-padded prompts [B, P] -> rows whose first token can be drawn."""
     config = model.config
     batch, length = prompts.shape
-    heads = (config.num_key_value_heads, config.head_dim)
-    shape = (config.num_hidden_layers, batch, num_slots, *heads)
-    cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    logits, cache = _forward(model, prompts, jnp.arange(length), padding, cache, dtype)
+    shape = (batch, config.num_key_value_heads, num_slots, config.head_dim)
+    empty = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    cache = (empty,) * config.num_hidden_layers
+    slots = jnp.arange(length)
+    logits, cache = _forward(model, _unstack(model), prompts, slots, padding, cache, dtype)
     return _Rows(cache, logits, padding, keys, done, jnp.int32(0))
 
 
@@ -148,13 +161,15 @@ def _decode(
     dtype: str,
 ) -> tuple[_Rows, jax.Array]:
     """Draws `num_tokens` more tokens per row: (rows, tokens [B, num_tokens]; EOS after the end)."""
+    blocks = _unstack(model)
 
     def step(rows: _Rows, _: None) -> tuple[_Rows, jax.Array]:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, rows.drawn)
         tokens = sample_tokens(rows.logits, step_keys, temperature=temperature, top_p=top_p)
         tokens = jnp.where(rows.done, eos_id, tokens)
         slots = prompt_length + rows.drawn[None]
-        logits, cache = _forward(model, tokens[:, None], slots, rows.padding, rows.cache, dtype)
+        new = tokens[:, None]
+        logits, cache = _forward(model, blocks, new, slots, rows.padding, rows.cache, dtype)
         done = rows.done | (tokens == eos_id)
         return _Rows(cache, logits, rows.padding, rows.keys, done, rows.drawn + 1), tokens
 
@@ -249,12 +264,13 @@ def _sample_batch(
         for row, new in enumerate(np.asarray(block)[: len(prompts)].tolist()):
             if done[row]:
                 continue
-            ended = eos_id in new
-            texts[row] += new[: new.index(eos_id)] if ended else new
-            if len(texts[row]) > max_new_tokens or (not ended and len(texts[row]) == max_new_tokens):
-                texts[row], done[row] = texts[row][:max_new_tokens], True
-            elif ended or stops(texts[row]):
+            text = texts[row] + (new[: new.index(eos_id)] if eos_id in new else new)
+            ended = eos_id in new and len(text) < max_new_tokens  # EOS counts as a new token
+            texts[row] = text[:max_new_tokens]
+            if ended or stops(texts[row]):
                 reasons[row], done[row] = "stop", True
+            elif len(text) >= max_new_tokens:
+                done[row] = True
         if done.all():
             break
         rows = rows._replace(done=jnp.asarray(done))

@@ -5,7 +5,6 @@ refused otherwise. `memphis train --help` is the stage that `memphis rounds` run
 """
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def train_step(
         trainable, frozen, batch, key, sums_fn=sums_fn, coefficients=coefficients
     )
     metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
-    loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
+    loss = jnp.stack([c * metrics[name] for name, c in coefficients.items()]).sum()
     norm = optax.global_norm(gradients)
     rate = schedule(state.step)
     directions, opt_state = optimizer.update(gradients, state.opt_state, trainable)
@@ -212,13 +211,13 @@ def run(
         checkpoint.open_manager(workdir, keep=settings.keep_checkpoints) as manager,
         MetricsWriter(workdir, resume_step=start, num_steps=len(loader), label=phase) as writer,
     ):
-        meter = Meter(start)
+        meter = Meter()
         for step in range(start + 1, loader.num_steps + 1):
             state, metrics = step_fn(state, next(batches))
             meter.count(metrics)
             last = step == loader.num_steps
             if last or step % settings.log_every == 0:
-                writer.write(step, meter.read(step, epoch=step / loader.num_steps * settings.epochs))
+                writer.write(step, meter.read(step / loader.num_steps * settings.epochs))
             stop = int(metrics["skipped_in_a_row"]) >= MAX_SKIPPED_IN_A_ROW
             if last or stop or step % settings.checkpoint_every == 0:
                 meta = {"identity": identity, "loader": batches.get_state(), "step": step}
@@ -226,9 +225,10 @@ def run(
             if stop:
                 manager.wait_until_finished()
                 raise TrainingStopped(
-                    f"{phase}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a "
-                    f"row, up to step {step}; the last good weights are saved in {workdir}. Lower "
-                    f"the learning rate ({settings.optimizer.learning_rate:g}) or look at the data."
+                    f"{phase}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in "
+                    f"a row, up to step {step}; the last good weights are saved in {workdir}. "
+                    f"Lower the learning rate ({settings.optimizer.learning_rate:g}) or look at "
+                    "the data."
                 )
     return state
 
@@ -257,7 +257,7 @@ def resume(workdir: Path, state: TrainState, batches: Any, identity: dict[str, A
 class Meter:
     """Metrics of the newest step, with tokens per second since the last reading."""
 
-    def __init__(self, step: int):
+    def __init__(self) -> None:
         self._time, self._tokens = time.perf_counter(), 0.0
         self._latest: Arrays = {}
 
@@ -265,7 +265,7 @@ class Meter:
         self._tokens += float(metrics["tokens"])
         self._latest = metrics
 
-    def read(self, step: int, epoch: float) -> dict[str, float]:
+    def read(self, epoch: float) -> dict[str, float]:
         now = time.perf_counter()
         hidden = ("tokens", "skipped_in_a_row", "token")
         row = {name: float(value) for name, value in self._latest.items() if name not in hidden}

@@ -1,0 +1,103 @@
+"""The commands between generation and training: grade, pairs, accuracy. No jax."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from memphis_jax.rounds.files import read_completions, read_jsonl, write_json, write_jsonl
+from memphis_jax.rounds.grade import grade as grade_text
+from memphis_jax.rounds.pairs import VERDICTS, make_pairs
+
+Row = dict[str, Any]
+
+
+def grade(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="memphis grade", description="Check sampled answers against the ground truth."
+    )
+    parser.add_argument("--completions", required=True, type=Path, help="as a sampler wrote it")
+    parser.add_argument("--questions", required=True, nargs="+", help="{id, target, source}")
+    parser.add_argument("--out", required=True, type=Path, help="graded.jsonl to write")
+    args = parser.parse_args(argv)
+    questions = {row["id"]: row for path in args.questions for row in read_jsonl(path)}
+    meta, rows = read_completions(args.completions)
+    graded: list[Row] = []
+    for row in rows:
+        if row["id"] not in questions:
+            raise ValueError(f"{args.completions}: no question has the id {row['id']!r}")
+        question = questions[row["id"]]
+        result = grade_text(
+            row["text"],
+            question["target"],
+            source=question["source"],
+            finish_reason=row["finish_reason"],
+        )
+        graded.append({**row, **result._asdict()})
+    write_jsonl(args.out, [{"meta": meta}, *graded])
+    counts = Counter(row["verdict"] for row in graded)
+    print("graded: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS), file=sys.stderr)
+
+
+def pairs(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="memphis pairs", description="Pair each correct answer with an incorrect one."
+    )
+    parser.add_argument("--graded", required=True, type=Path)
+    parser.add_argument("--questions", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="pairs.jsonl; counts: pairs.json")
+    parser.add_argument("--max-pairs-per-question", type=int, default=0, help="0 = no limit")
+    args = parser.parse_args(argv)
+    _, graded = read_completions(args.graded)
+    sampled = {row["id"] for row in graded}
+    questions = [row for row in read_jsonl(args.questions) if row["id"] in sampled]
+    limit = args.max_pairs_per_question or None
+    rows, stats = make_pairs(graded, questions, max_pairs_per_question=limit)
+    write_json(
+        args.out.with_suffix(".json"), {**stats, "verdicts": {v: stats.pop(v) for v in VERDICTS}}
+    )
+    write_jsonl(args.out, rows)
+    print(
+        f"pairs: {len(rows)} from {stats['questions']} questions ({stats['all_correct']} all "
+        f"correct, {stats['mixed']} mixed, {stats['all_wrong']} all wrong, "
+        f"{stats['no_valid']} without a valid answer)",
+        file=sys.stderr,
+    )
+
+
+def accuracy(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="memphis accuracy", description="Accuracies of graded answers to held-out questions."
+    )
+    parser.add_argument("--greedy", required=True, type=Path, help="graded greedy answers")
+    parser.add_argument("--sampled", required=True, type=Path, help="graded sampled answers")
+    parser.add_argument("--validation", required=True, type=Path, help="questions")
+    parser.add_argument("--test", required=True, type=Path, help="questions")
+    parser.add_argument("--out", required=True, type=Path, help="JSON to write")
+    args = parser.parse_args(argv)
+    ids = {
+        split: {row["id"] for row in read_jsonl(getattr(args, split))}
+        for split in ("validation", "test")
+    }
+    graded = {kind: read_completions(getattr(args, kind))[1] for kind in ("greedy", "sampled")}
+
+    def rows(split: str, kind: str) -> list[Row]:
+        return [row for row in graded[kind] if row["id"] in ids[split]]
+
+    result: dict[str, float] = {
+        f"{split}_{kind}": mean(row["verdict"] == "correct" for row in rows(split, kind))
+        for split in ("validation", "test")
+        for kind in ("greedy", "sampled")
+    }
+    sampled = rows("test", "sampled")
+    result |= {
+        "valid_share": mean(row["verdict"] != "invalid" for row in sampled),
+        "mean_tokens": mean(row["num_tokens"] for row in sampled),
+        "truncated_share": mean(row["finish_reason"] == "length" for row in sampled),
+        "validation_questions": len(ids["validation"]),
+        "test_questions": len(ids["test"]),
+    }
+    write_json(args.out, result)

@@ -1,0 +1,119 @@
+"""The files that pass between stages: JSON in UTF-8, published by rename, and their hashes.
+
+Standard library only: the generation host has no jax. One writer per file at a time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Every row of a JSON Lines file.
+
+    Raises ValueError, naming file and line, for anything but one object per line.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # the newline that ends the last row
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    if not line.strip():
+        raise ValueError(f"{where}: empty line, expected a JSON object")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: JSON nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def read_completions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(meta, rows) of a completions file, whose first line is {"meta": {...}}.
+
+    Raises ValueError if that line is missing, and as `read_jsonl` does.
+    """
+    rows = read_jsonl(path)
+    if not rows or rows[0].keys() != {"meta"} or not isinstance(rows[0]["meta"], dict):
+        raise ValueError(f'{path}, line 1: expected the header {{"meta": {{...}}}}')
+    return rows[0]["meta"], rows[1:]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one row per line and publish the file by rename.
+
+    Raises ValueError for a row that JSON cannot hold (NaN too); the old file then stays.
+    """
+    lines = (_encode(path, row, f" in row {n}") for n, row in enumerate(rows, start=1))
+    _publish(Path(path), lines)
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write one indented JSON document and publish it by rename.
+
+    Raises ValueError for what JSON cannot hold (NaN too); the old file then stays.
+    """
+    _publish(Path(path), [_encode(path, obj, "", indent=2)])
+
+
+def _encode(path: str | Path, obj: Any, where: str, indent: int | None = None) -> bytes:
+    try:
+        text = json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=indent)
+        return text.encode("utf-8") + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be written as JSON{where}: {error}") from error
+
+
+def _publish(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write to a neighbour, flush to disk, rename.
+
+    A reader sees the old file or the whole new one, whenever this process dies.
+    """
+    # One fixed name: what a killed process left behind is overwritten by the next try.
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must reach the disk too
+    finally:
+        os.close(folder)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(path: str | Path) -> str:
+    """Hex SHA-256 over (relative name, content hash) of every file below a folder.
+
+    In the order of the names, written with "/". Raises NotADirectoryError without the folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder: nothing to hash")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""Stages as processes with records: what is done is skipped, anything else runs again.
+
+A stage is a command line with input files and output files. Its record, WORKDIR/ledger/NAME.json,
+says what went in (hashes), the command, versions, exit code, time, and what came out (hashes). It
+is valid while the command and the inputs are the same and every output has its hash. No jax.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from memphis_jax.rounds.files import sha256_file, sha256_folder, write_json
+from memphis_jax.versions import versions
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended with an exit code other than 0."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process: reads `inputs`, writes `outputs` (files or folders), paths as in `command`."""
+
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    prefix: tuple[str, ...] = ()  # where it runs: words put before the command
+
+
+class Ledger:
+    """The records of one workdir. Paths in records are relative to it where they lie inside."""
+
+    def __init__(self, workdir: Path):
+        self.workdir = workdir
+        (workdir / "ledger").mkdir(parents=True, exist_ok=True)
+        (workdir / "logs").mkdir(exist_ok=True)
+
+    def run(self, stage: Stage) -> bool:
+        """Runs `stage` unless its record is valid; whether it ran. StageFailed on a failure."""
+        inputs = {self._relative(path): _hash(path) for path in stage.inputs}
+        if self._is_done(stage, inputs):
+            return False
+        started, clock = datetime.now(UTC), time.perf_counter()
+        log = self.workdir / "logs" / f"{stage.name}.log"
+        exit_code = _run_process([*stage.prefix, *stage.command], log)
+        record = {
+            "stage": stage.name,
+            "command": [*stage.prefix, *stage.command],
+            "exit_code": exit_code,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - clock, 3),
+            "inputs": inputs,
+            "outputs": {},
+            "versions": versions(),
+            "config_sha256": sha256_file(self.workdir / "config.json"),
+            "host": platform.node(),
+            "note": "",
+        }
+        missing = [str(path) for path in stage.outputs if not path.exists()]
+        if exit_code == 0 and not missing:
+            record["outputs"] = {self._relative(path): _hash(path) for path in stage.outputs}
+        self._write(stage.name, record)
+        if exit_code or missing:
+            why = f"exit code {exit_code}" if exit_code else f"no {', '.join(missing)}"
+            raise StageFailed(f"stage {stage.name} failed ({why}); its output is in {log}")
+        return True
+
+    def note(self, name: str, text: str) -> None:
+        """Records a stage that was left out, and why."""
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"stage": name, "command": [], "exit_code": 0, "started": started, "seconds": 0.0}
+        self._write(name, {**record, "inputs": {}, "outputs": {}, "note": text})
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records in the order in which the stages started."""
+        paths = (self.workdir / "ledger").glob("*.json")
+        rows = [self.read(path.stem) for path in paths]
+        return sorted((row for row in rows if row), key=lambda row: row["started"])
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        path = self.workdir / "ledger" / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def _is_done(self, stage: Stage, inputs: dict[str, str]) -> bool:
+        record = self.read(stage.name)
+        if record is None or record["exit_code"] != 0 or record["inputs"] != inputs:
+            return False
+        if record["command"] != [*stage.prefix, *stage.command]:
+            return False
+        if set(record["outputs"]) != {self._relative(path) for path in stage.outputs}:
+            return False
+        return all(
+            path.exists() and _hash(path) == record["outputs"][self._relative(path)]
+            for path in stage.outputs
+        )
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        write_json(self.workdir / "ledger" / f"{name}.json", record)
+
+    def _relative(self, path: Path) -> str:
+        inside = path.is_relative_to(self.workdir)
+        return str(path.relative_to(self.workdir) if inside else path)
+
+
+def _hash(path: Path) -> str:
+    return sha256_folder(path) if path.is_dir() else sha256_file(path)
+
+
+def _run_process(command: Sequence[str], log: Path) -> int:
+    """Runs `command` with its output on the terminal and in `log`; returns the exit code.
+
+    The child is killed when this process dies, so that a restarted recipe never meets a stage of
+    the killed one still writing.
+    """
+
+    def die_with_parent() -> None:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            close_fds=False,  # the lock goes along; Python's other files are not inheritable
+            preexec_fn=die_with_parent if platform.system() == "Linux" else None,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            print("    " + line.decode(errors="replace"), end="", flush=True)
+        return process.wait()
+
+
+@contextmanager
+def locked(workdir: Path, patience: float = 20.0) -> Iterator[None]:
+    """Holds WORKDIR/.lock; waits `patience` seconds for a killed run's last child to go.
+
+    The lock is inherited by every child, so it is free only when nothing of a run is left.
+    """
+    with (workdir / ".lock").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"another run is using {workdir} (it holds {file.name}): wait for it, or "
+                        "use another --workdir"
+                    ) from None
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,279 @@
+"""`memphis rounds`: the whole recipe as stages, from data to report. No jax in this process.
+
+    data -> [init] -> sft -> export -> held-out accuracy
+      -> per round: generate -> grade -> pairs -> rank -> export -> held-out accuracy
+      -> results.json, report.html
+
+Round r starts from the weights of round r - 1 (SFT's for the first). Each stage is a process with a
+ledger record; started again after any interruption, the recipe goes on with the first stage that
+has no valid record.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from memphis_jax import config as configs
+from memphis_jax.rounds.files import read_jsonl, write_json
+from memphis_jax.rounds.ledger import Ledger, Stage, locked
+
+MEMPHIS = (sys.executable, "-m", "memphis_jax")
+CONVERT = (sys.executable, "-m", "convert")
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="memphis rounds",
+        description="Run the whole recipe in --workdir; started again, it goes on where it was.",
+        epilog="Any config field can be set: --config.rounds.num_rounds=2",
+    )
+    parser.add_argument("--config", required=True, help="configs/*.py")
+    parser.add_argument("--workdir", required=True, type=Path)
+    args, overrides = parser.parse_known_args(argv)
+    config = configs.load(args.config, overrides)
+    workdir: Path = args.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        _claim(workdir, config)
+        results = Recipe(workdir, config).run()
+    print_results(results, workdir)
+
+
+def _claim(workdir: Path, config: configs.RunConfig) -> None:
+    """Saves the config in a new workdir; refuses one that was started with another config."""
+    path, fields = workdir / "config.json", dataclasses.asdict(config)
+    if path.is_file() and (lines := configs.difference(json.loads(path.read_text()), fields)):
+        raise configs.ConfigError(
+            f"{workdir} was started with another config: use another --workdir, or delete it. "
+            "Differing (saved -> given): " + "; ".join(lines)
+        )
+    write_json(path, fields)
+
+
+class Recipe:
+    """The stages of one run; every method runs a few of them and returns what they made."""
+
+    def __init__(self, workdir: Path, config: configs.RunConfig):
+        self.workdir, self.config = workdir, config
+        self.ledger = Ledger(workdir)
+        self.data = workdir / "data"
+        (workdir / "eval").mkdir(exist_ok=True)
+
+    def run(self) -> dict[str, Any]:
+        checkpoint = self.sft(self.start())
+        results: dict[str, Any] = {"sft": self.evaluate("sft", checkpoint), "rounds": []}
+        for number in range(1, self.config.rounds.num_rounds + 1):
+            checkpoint = self.round(number, checkpoint)
+            results["rounds"].append(self.evaluate(f"round{number}", checkpoint))
+        results["seconds"] = round(sum(row["seconds"] for row in self.ledger.records()), 1)
+        results["seed"] = self.config.seed
+        write_json(self.workdir / "results.json", results)
+        subprocess.run([*MEMPHIS, "report", str(self.workdir)], check=True)
+        return results
+
+    def start(self) -> Path | None:
+        """Data files, and the checkpoint to start from (None: random weights)."""
+        config_file = self.workdir / "config.json"
+        sources = [self.config.data.train, self.config.data.validation, self.config.data.test]
+        self.stage(
+            "data",
+            (*MEMPHIS, "data", "--config", config_file, "--out", self.data),
+            inputs=[Path(path) for path in sources if path],
+            outputs=[self.data],
+        )
+        if not self.config.start.hf_folder:
+            return None
+        source, init = Path(self.config.start.hf_folder), self.workdir / "init"
+        self.stage("init", (*CONVERT, "from-hf", source, init), [source], [init])
+        return init
+
+    def sft(self, init: Path | None) -> Path:
+        folder = self.workdir / "sft"
+        self.train("sft", "sft", folder, init, self.data / "train.jsonl")
+        self.export("sft", folder)
+        return folder
+
+    def round(self, number: int, checkpoint: Path) -> Path:
+        """One round from `checkpoint`; returns the new one, or the same where no pair was found."""
+        config, name = self.config, f"round{number}"
+        folder, questions = self.workdir / name, self.data / "train.jsonl"
+        completions, graded, pairs = (
+            folder / f"{stem}.jsonl" for stem in ("completions", "graded", "pairs")
+        )
+        self.sample(
+            f"{name}-generate",
+            checkpoint,
+            [questions],
+            completions,
+            num_samples=config.generate.num_samples,
+            temperature=config.generate.temperature,
+            num_questions=config.generate.questions_per_round,
+            seed=config.seed * 1000 + number,
+        )
+        self.grade(f"{name}-grade", completions, [questions], graded)
+        limit = config.rounds.max_pairs_per_question
+        self.stage(
+            f"{name}-pairs",
+            (
+                *(*MEMPHIS, "pairs", "--graded", graded, "--questions", questions),
+                *("--max-pairs-per-question", limit, "--out", pairs),
+            ),
+            inputs=[graded, questions],
+            outputs=[pairs, pairs.with_suffix(".json")],
+        )
+        if not read_jsonl(pairs):
+            note = (
+                f"round {number}: no question has both a correct and an incorrect answer, so there "
+                "is nothing to rank; the weights stay as they are"
+            )
+            self.ledger.note(f"{name}-rank", note)
+            print(note, flush=True)
+            return checkpoint
+        trained = folder / "rank"
+        self.train(f"{name}-rank", "rank", trained, checkpoint, pairs)
+        self.export(name, trained)
+        return trained
+
+    def evaluate(self, name: str, checkpoint: Path) -> dict[str, Any]:
+        """Held-out accuracies of a checkpoint: greedy, and sampled as the rounds sample."""
+        questions = [self.data / f"{split}.jsonl" for split in ("validation", "test")]
+        graded = {}
+        for kind, samples, temperature in (
+            ("greedy", 1, 0.0),
+            ("sampled", self.config.rounds.eval_samples, self.config.generate.temperature),
+        ):
+            completions = self.workdir / "eval" / f"{name}-{kind}.jsonl"
+            graded[kind] = completions.with_suffix(".graded.jsonl")
+            self.sample(
+                f"{name}-eval-{kind}",
+                checkpoint,
+                questions,
+                completions,
+                num_samples=samples,
+                temperature=temperature,
+                num_questions=0,
+                seed=self.config.seed,
+            )
+            self.grade(f"{name}-eval-{kind}-grade", completions, questions, graded[kind])
+        out = self.workdir / "eval" / f"{name}.json"
+        self.stage(
+            f"{name}-accuracy",
+            (
+                *(*MEMPHIS, "accuracy", "--greedy", graded["greedy"]),
+                *("--sampled", graded["sampled"], "--validation", questions[0]),
+                *("--test", questions[1], "--out", out),
+            ),
+            inputs=[*graded.values(), *questions],
+            outputs=[out],
+        )
+        return json.loads(out.read_text())
+
+    def train(self, name: str, phase: str, folder: Path, init: Path | None, data: Path) -> None:
+        start = ("--init", init) if init else ("--tokenizer", self.data / "tokenizer")
+        inputs = [data, init / "checkpoints"] if init else [data, self.data / "tokenizer"]
+        config_file = self.workdir / "config.json"
+        self.stage(
+            name,
+            (
+                *(*MEMPHIS, "train", "--config", config_file, "--phase", phase),
+                *("--workdir", folder, "--data", data, *start),
+            ),
+            inputs=inputs,
+            outputs=[folder / "checkpoints", folder / "tokenizer"],
+            prefix=self.config.executor.train,
+        )
+
+    def export(self, name: str, folder: Path) -> None:
+        out = self.workdir / name / "hf"
+        inputs = [folder / "checkpoints", folder / "tokenizer"]
+        self.stage(f"{name}-export", (*CONVERT, "to-hf", folder, out), inputs, [out])
+
+    def sample(
+        self,
+        name: str,
+        checkpoint: Path,
+        questions: list[Path],
+        out: Path,
+        *,
+        num_samples: int,
+        temperature: float,
+        num_questions: int,
+        seed: int,
+    ) -> None:
+        generate = self.config.generate
+        out.parent.mkdir(parents=True, exist_ok=True)
+        options = {
+            "--num-samples": num_samples,
+            "--temperature": temperature,
+            "--top-p": generate.top_p,
+            "--max-new-tokens": generate.max_new_tokens,
+            "--batch-size": generate.batch_size,
+            "--num-questions": num_questions,
+            "--seed": seed,
+            "--dtype": self.config.compute.dtype,
+        }
+        self.stage(
+            name,
+            (
+                *(*MEMPHIS, "sample", "--checkpoint", checkpoint, "--out", out),
+                *("--questions", *questions),
+                *(word for pair in options.items() for word in pair),
+            ),
+            inputs=[checkpoint / "checkpoints", checkpoint / "tokenizer", *questions],
+            outputs=[out],
+            prefix=self.config.executor.generate,
+        )
+
+    def grade(self, name: str, completions: Path, questions: list[Path], out: Path) -> None:
+        self.stage(
+            name,
+            (
+                *(*MEMPHIS, "grade", "--completions", completions),
+                *("--out", out, "--questions", *questions),
+            ),
+            inputs=[completions, *questions],
+            outputs=[out],
+        )
+
+    def stage(
+        self,
+        name: str,
+        command: tuple[Any, ...],
+        inputs: list[Path],
+        outputs: list[Path],
+        prefix: str = "",
+    ) -> None:
+        print(f"[{name}]", flush=True)
+        stage = Stage(
+            name,
+            tuple(str(word) for word in command),
+            tuple(inputs),
+            tuple(outputs),
+            tuple(shlex.split(prefix)),
+        )
+        if not self.ledger.run(stage):
+            print("    done before", flush=True)
+
+
+def print_results(results: dict[str, Any], workdir: Path) -> None:
+    """The table that a run ends with, and where its report is."""
+    table = Table(title=f"held-out accuracy ({results['sft']['test_questions']} test questions)")
+    columns = ("validation_greedy", "validation_sampled", "test_greedy", "test_sampled")
+    for header in ("", *(name.replace("_", "\n") for name in columns), "valid\nanswers"):
+        table.add_column(header, justify="right" if header else "left")
+    rows = [("SFT", results["sft"])]
+    rows += [(f"round {i}", row) for i, row in enumerate(results["rounds"], start=1)]
+    for name, row in rows:
+        table.add_row(name, *(f"{100 * row[key]:.1f} %" for key in (*columns, "valid_share")))
+    Console().print(table)
+    print(f"{results['seconds']:.0f} s in all")
+    print(f"report: {workdir / 'report.html'}")

@@ -1,0 +1,31 @@
+"""What every test stands on: JAX on eight CPU devices, full-precision matmuls, fixed seeds.
+
+The environment is set before JAX is imported. The device count goes through `jax.config`, not
+`XLA_FLAGS`: a stage that a test starts as a process inherits the environment, and it must see the
+one device that a user's machine shows.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data sets, tokenizers and reference numbers beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {folder}, which is not part of the repository")
+    return folder

@@ -1,0 +1,98 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_models import FAMILY, make_hf, reference_logits
+
+from convert import load_hf
+from memphis_jax.config import ConfigError, ModelConfig
+from memphis_jax.model import QUERY_CHUNK, StableLM, flatten
+
+logits = jax.jit(StableLM.logits)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    reference = make_hf(tmp_path, **FAMILY[name])
+    model = load_hf(tmp_path)
+    assert {array.dtype for array in flatten(model).values()} == {jnp.dtype("float32")}
+    rng = np.random.default_rng(0)
+    for length in (1, QUERY_CHUNK + 37):
+        tokens = rng.integers(0, reference.config.vocab_size, (2, length))
+        expected = reference_logits(reference, tokens)
+        ours = np.asarray(logits(model, jnp.asarray(tokens)))
+        assert expected.std() > 0.3, "the reference's logits are too flat to tell anything"
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_positions_are_those_given(tmp_path):
+    reference = make_hf(tmp_path, **FAMILY["3b-ratios"])
+    model = load_hf(tmp_path)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 97, (2, 40))
+    positions = np.cumsum(rng.integers(1, 9, (2, 40)), axis=1)
+    expected = reference_logits(reference, tokens, positions)
+    ours = np.asarray(logits(model, jnp.asarray(tokens), jnp.asarray(positions)))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+    counted = np.broadcast_to(np.arange(40), (2, 40))
+    default = np.asarray(logits(model, jnp.asarray(tokens)))
+    np.testing.assert_array_equal(logits(model, jnp.asarray(tokens), jnp.asarray(counted)), default)
+    assert np.abs(ours - default).max() > 0.1
+
+
+def test_both_config_dialects_give_the_same_model(shared):
+    folder = shared / "data" / "stablelm"
+    epoch, native = (
+        ModelConfig.from_hf(json.loads((folder / f"config.{name}.json").read_text()))
+        for name in ("epoch", "native")
+    )
+    assert epoch == native
+    assert (native.head_dim, native.rotary_dim, native.vocab_size) == (80, 20, 50304)
+    assert (native.layer_norm_eps, native.rope_theta) == (1e-5, 10000.0)
+
+
+def test_tiny_random_config_is_read_with_gelu(shared):
+    text = (shared / "data" / "stablelm" / "config.tiny-random.json").read_text()
+    config = ModelConfig.from_hf(json.loads(text))
+    assert (config.hidden_act, config.hidden_size, config.intermediate_size) == ("gelu", 64, 37)
+
+
+def test_old_keys_are_not_ignored():
+    old = {"model_type": "stablelm_epoch", "norm_eps": 1e-3, "rope_pct": 0.5, "rope_theta": 77}
+    config = ModelConfig.from_hf({**old, "num_attention_heads": 8, "hidden_size": 64})
+    assert (config.layer_norm_eps, config.partial_rotary_factor) == (1e-3, 0.5)
+    assert (config.rope_theta, config.num_key_value_heads) == (77.0, 8)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_config_round_trip_through_hf(name, tmp_path):
+    make_hf(tmp_path, **FAMILY[name])
+    config = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    for field, value in FAMILY[name].items():
+        assert getattr(config, field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("rope_scaling", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+        ("hidden_act", {"hidden_act": "mish"}),
+        ("hidden_dropout", {"hidden_dropout": 0.1}),
+        ("attention_dropout", {"attention_dropout": 0.1}),
+        ("model_type", {"model_type": "llama"}),
+        ("model_type", {"model_type": None}),
+        ("rotary_scaling_factor", {"rotary_scaling_factor": 2.0}),
+        ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
+        ("head_dim", {"head_dim": 64}),
+        ("partial_rotary_factor", {"partial_rotary_factor": 0.0125}),
+        ("num_key_value_heads", {"num_key_value_heads": 5}),
+    ],
+)
+def test_unsupported_config_is_refused_by_name(field, change, shared):
+    text = (shared / "data" / "stablelm" / "config.native.json").read_text()
+    with pytest.raises(ConfigError, match=field):
+        ModelConfig.from_hf({**json.loads(text), **change})

@@ -1,0 +1,357 @@
+"""report.html of made-up workdirs: numbers are there, hostile text stays text, gaps are named."""
+
+import json
+import math
+import random
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from memphis_jax.report import (
+    choose_pairs,
+    headline,
+    main,
+    standard_error,
+    time_table,
+    write_report,
+)
+
+HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
+VERSIONS = {"python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8"}
+EVALS = [  # validation greedy, sampled, test greedy, sampled
+    (0.544, 0.471, 0.530, 0.462),
+    (0.612, 0.530, 0.601, 0.524),
+    (0.668, 0.571, 0.652, 0.566),
+    (0.704, 0.590, 0.694, 0.583),
+    (0.721, 0.602, 0.715, 0.597),
+]
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _record(folder: Path, stage: str, minute: int, seconds: float, note: str = "") -> None:
+    record = {
+        "stage": stage,
+        "command": ["python", "-m", "memphis_jax.train", "--config", "configs/tiny.py", stage],
+        "exit_code": 0,
+        "started": f"2024-02-03T10:{minute:02d}:00+00:00",
+        "seconds": seconds,
+        "config_sha256": "c0ffee" + "0" * 58,
+        "inputs": {"data/train.jsonl": "1" * 64},
+        "outputs": {f"{stage}/out": "2" * 64},
+        "versions": VERSIONS,
+        "host": "box7",
+        "note": note,
+    }
+    _write(folder / "ledger" / f"{stage}.json", record)
+
+
+def _metrics(rng: random.Random, steps: int, every: int, peak: float, rank: bool) -> list[dict]:
+    rows = []
+    for step in range(every, steps + 1, every):
+        done = step / steps
+        loss = 0.45 + 2.5 * math.exp(-6 * done) + rng.gauss(0, 0.02)
+        row = {
+            "step": step,
+            "loss": loss,
+            "ce": loss + 0.15,
+            "learning_rate": peak * min(1, done / 0.1) * (1 + math.cos(math.pi * done)) / 2,
+            "grad_norm": 0.8 + math.exp(-8 * done) * 4 + abs(rng.gauss(0, 0.1)),
+            "tokens_per_second": 21000 + rng.gauss(0, 300),
+            "padding_share": 0.031,
+            "skipped_steps": 0,
+            "epoch": 2 * done,
+        }
+        if rank:
+            row |= {"ce": 0.42 + rng.gauss(0, 0.01), "rank_loss": 0.66 - 0.05 * done}
+            row |= {"loss": row["ce"] + 5 * row["rank_loss"]}
+            row |= {"chosen_logprob": -0.2 - 0.02 * done, "rejected_logprob": -0.25 - 0.14 * done}
+            row |= {"rank_margin": row["chosen_logprob"] - row["rejected_logprob"]}
+        rows.append(row)
+    return rows
+
+
+def _make_round(folder: Path, number: int, rng: random.Random, pairs: int) -> None:
+    here = folder / f"round{number}"
+    rationale = "Mia has 7 shells. She finds 5 more. 7 + 5 = 12. Then the number doubles. 12 * 2 = "
+    texts = {
+        "chosen": f"{rationale}24\n### Answer:\n24",
+        "rejected": f"{rationale}22\n### Answer:\n22",
+    }
+    prompt = "Mia has {} shells. She finds 5 more. Then the number doubles. How many now?"
+    rows = [
+        {"id": f"q{number}-{i}", "prompt": prompt.format(i), **texts, "gold": texts["chosen"]}
+        for i in range(pairs)
+    ]
+    rows[1] |= {"chosen": HOSTILE, "prompt": "Grün & “zwölf” \u2028 \ud800"}
+    _write_lines(here / "pairs.jsonl", rows)
+    graded = [
+        {
+            "id": f"q{i}",
+            "sample": 0,
+            "text": "…",
+            "finish_reason": "length" if i % 50 == 0 else "stop",
+            "num_tokens": max(4, int(rng.gauss(44 + 3 * number, 14))),
+            "verdict": "correct",
+        }
+        for i in range(800)
+    ]
+    _write_lines(here / "graded.jsonl", [{"meta": {"engine": "jax"}}, *graded])
+    mixed = 300 - 20 * number
+    stats = {"questions": 500, "all_correct": 490 - mixed - 63, "mixed": mixed, "all_wrong": 63}
+    verdicts = {"correct": 2000 + 100 * number, "incorrect": 1700 - 100 * number}
+    stats |= {"no_valid": 10, "pairs": pairs, "duplicates": 1234}
+    _write(here / "pairs.json", stats | {"verdicts": verdicts | {"invalid": 260, "unknown": 40}})
+    _write_lines(here / "rank" / "metrics.jsonl", _metrics(rng, 60, 2, 3e-6, rank=True))
+
+
+def make_workdir(folder: Path, rounds: int = 4, pairs: int = 700) -> Path:
+    """A finished run with made-up numbers."""
+    rng = random.Random(0)
+    model = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    generate = {"num_samples": 8, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 160}
+    config = {"seed": 17, "model": model, "generate": generate, "rounds": {"num_rounds": rounds}}
+    config |= {"start": {"hf_folder": ""}, "data": {"source": "procedural"}}
+    _write(folder / "config.json", config | {"sft": {"optimizer": {"learning_rate": 0.0005}}})
+    (folder / "sft" / "hf").mkdir(parents=True)
+    save_file({"a": np.zeros((3, 1000), np.float32)}, folder / "sft" / "hf" / "model.safetensors")
+    _write_lines(folder / "sft" / "metrics.jsonl", _metrics(rng, 1200, 10, 5e-4, rank=False))
+    stages = ["data", "sft", "sft-export", "sft-eval-greedy", "sft-eval-sampled", "sft-accuracy"]
+    for r in range(1, rounds + 1):
+        _make_round(folder, r, rng, pairs)
+        parts = ("generate", "grade", "pairs", "rank", "export", "eval-greedy", "eval-sampled")
+        stages += [f"round{r}-{part}" for part in (*parts, "accuracy")]
+    for minute, stage in enumerate(stages):
+        slow = {"sft": 151.0, "generate": 14.2, "rank": 11.0}.get(stage.split("-")[-1], 3.25)
+        _record(folder, stage, minute, slow)
+    for r, values in enumerate(EVALS[: rounds + 1]):
+        names = ("validation_greedy", "validation_sampled", "test_greedy", "test_sampled")
+        row = dict(zip(names, values, strict=True)) | {"validation_questions": 500}
+        row |= {"test_questions": 1000, "valid_share": 0.985, "mean_tokens": 47.3}
+        name = f"round{r}.json" if r else "sft.json"
+        _write(folder / "eval" / name, row | {"truncated_share": 0.004})
+    _write(folder / "results.json", {"sft": {}, "rounds": [], "seconds": 400.0, "seed": 17})
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects what matters of a page: its text outside scripts, its scripts, its addresses."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+
+    def handle_data(self, data: str) -> None:
+        inside = self.tags[-1] if self.tags else ""
+        if inside == "script" and data.strip():
+            self.scripts.append(data)
+        elif inside not in ("script", "style"):
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> Page:
+    return Page(write_report(finished))
+
+
+def test_headline_and_facts(page: Page) -> None:
+    said = "Test accuracy 53.0 % after SFT → 71.5 % after round 4 (+18.5 points, greedy decoding)."
+    assert said in page.text
+    for fact in ("configs/tiny.py", "c0ffee000000", "box7", "jax 0.10.2", "2024-02-03T10:00:00"):
+        assert fact in page.text
+    assert "3,000 parameters, 3 layers × 64 wide, 4 heads, vocabulary 512" in page.text  # noqa: RUF001
+    assert "8 answers per question, temperature 1.0, top-p 1.0" in page.text
+    assert "not finished" not in page.text
+    assert "Not there yet" not in page.text
+
+
+def test_numbers_of_each_section(page: Page) -> None:
+    # sqrt(0.53 * 0.47 / 1000) = 0.01578 and sqrt(0.602 * 0.398 / 500) = 0.02189
+    assert "53.0 ± 1.6 %" in page.text
+    assert "60.2 ± 2.2 %" in page.text
+    assert "round 3 500 187 240 63 10 700 1,234 2,300 1,400 260 40" in page.text
+    assert "SFT 1,200" in page.text
+    assert "in round 1 training" in page.text and "2.0 %" in page.text  # 16 of 800 cut off
+    assert "sft.optimizer.learning_rate 0.0005" in page.text
+    assert "python -m memphis_jax.train --config configs/tiny.py round2-rank" in page.text
+    # data 3.25, sft 151, four more 3.25 s stages; per round 14.2 + 11 + 6 * 3.25
+    total = 3.25 + 151 + 4 * 3.25 + 4 * (14.2 + 11 + 6 * 3.25)
+    assert f"{int(total // 60)} min {round(total % 60):02d} s" in page.text
+    assert page.text.count("2" * 64) == 38  # an output of each stage
+    assert page.tags.count("svg") == 2 + 3 + 7 + 2 + 2
+
+
+def test_model_output_stays_text(page: Page, finished: Path) -> None:
+    assert page.tags.count("script") == 2
+    assert "img" not in page.tags
+    assert HOSTILE not in (finished / "report.html").read_text(encoding="utf-8")
+    browser = json.loads(page.scripts[0])
+    assert browser[0]["pairs"][0][0] == "q1-0"
+    shown = {text for part in browser for pair in part["pairs"] for text in pair}
+    gold = "Mia has 7 shells. She finds 5 more. 7 + 5 = 12. Then the number doubles. 12 * 2 = 24"
+    assert f"{gold}\n### Answer:\n24" in shown
+
+
+def test_hostile_text_everywhere(tmp_path: Path) -> None:
+    folder = make_workdir(tmp_path / HOSTILE.replace("/", "_"), rounds=1, pairs=2)
+    _record(folder, "round1-rank", 30, 1.0, note=HOSTILE)
+    config = json.loads((folder / "config.json").read_text())
+    _write(folder / "config.json", config | {"data": {"source": HOSTILE}})
+    page = Page(write_report(folder))
+    assert page.tags.count("script") == 2
+    assert "img" not in page.tags
+    assert page.words.count(HOSTILE) == 3  # data source, setting, the note in the ledger
+    assert f"round1-rank: {HOSTILE}" in page.text
+    pair = json.loads(page.scripts[0])[0]["pairs"][1]
+    assert pair[1:3] == ["Grün & “zwölf” \u2028 ?", HOSTILE]
+
+
+def test_nothing_is_loaded_and_the_page_is_light(page: Page, finished: Path) -> None:
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+    assert all(part.startswith("#") for part in text.replace("url('", "url(").split("url(")[1:])
+    assert len(text.encode()) < 2_000_000
+
+
+def test_ids_are_unique(page: Page) -> None:
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_same_files_same_page(finished: Path) -> None:
+    first = write_report(finished).read_bytes()
+    assert write_report(finished).read_bytes() == first
+
+
+def test_empty_folder_names_the_gaps(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path))
+    assert "No test accuracy has been measured yet." in page.text
+    assert "This run is not finished. No stage is done yet." in page.text
+    assert page.text.count("Not there yet") == 9
+    assert "svg" not in page.tags
+
+
+def test_half_finished_run(tmp_path: Path) -> None:
+    """SFT is evaluated; round 1 has metrics with a torn last line and a step logged twice."""
+    folder = make_workdir(tmp_path, rounds=2)
+    for gone in ("results.json", "eval/round1.json", "eval/round2.json", "round1/graded.jsonl"):
+        (folder / gone).unlink()
+    for record in (folder / "ledger").glob("round2*"):
+        record.unlink()
+    for path in sorted((folder / "round2").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    with (folder / "round1" / "rank" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60, "loss": 9.8765, "rank_loss": NaN}\n{"step": 61, "lo')
+    page = Page(write_report(folder))
+    assert "Test accuracy 53.0 % after SFT; no round has been measured yet." in page.text
+    assert (
+        "This run is not finished. 14 stages are done, the last one is round1-accuracy."
+        in page.text
+    )
+    assert "round 1 60 9.8765 – nan" in page.text  # noqa: RUF001
+    assert "Not there yet" not in page.text
+    assert [part["label"] for part in json.loads(page.scripts[0])] == ["round 1"]
+
+
+def test_files_may_be_missing_in_any_mix(tmp_path: Path) -> None:
+    folder = make_workdir(tmp_path, rounds=1, pairs=3)
+    for gone in (
+        ("config.json", "round1/graded.jsonl"),
+        ("sft/metrics.jsonl", "round1/pairs.jsonl", "sft/hf/model.safetensors"),
+        ("eval/sft.json", "round1/rank/metrics.jsonl"),
+        ("round1/pairs.json", "results.json"),
+    ):
+        for name in gone:
+            (folder / name).unlink()
+        page = Page(write_report(folder))
+        assert "round1-accuracy" in page.text
+    assert "60.1 ± 1.5 %" in page.text  # what is left: the accuracy after round 1
+
+
+def test_a_round_without_pairs(tmp_path: Path) -> None:
+    folder = make_workdir(tmp_path, rounds=1, pairs=2)
+    (folder / "round1" / "pairs.jsonl").write_text("")
+    (folder / "round1" / "rank" / "metrics.jsonl").unlink()
+    _record(folder, "round1-rank", 20, 0.5, note="no pairs: the weights stay as they were")
+    page = Page(write_report(folder))
+    assert "round1-rank: no pairs: the weights stay as they were" in page.text
+    assert "Not there yet: round*/pairs.jsonl with at least one pair." in page.text
+
+
+def test_headline_can_fall() -> None:
+    rows = [{"label": "SFT", "test_greedy": 0.6}, {"label": "round 1", "test_greedy": 0.385}]
+    said = "Test accuracy 60.0 % after SFT → 38.5 % after round 1 (-21.5 points, greedy decoding)."
+    assert headline(rows) == said
+
+
+def test_standard_error_by_hand() -> None:
+    assert standard_error(0.5, 100) == 0.05
+    assert standard_error(1.0, 10) == 0.0
+
+
+def test_time_table_by_hand() -> None:
+    names = ("data", "sft", "sft-eval-greedy", "round12-eval-greedy", "report")
+    table = time_table([{"stage": name, "seconds": float(i)} for i, name in enumerate(names)])
+    assert table == {
+        "data": {"set-up": 0.0},
+        "sft": {"SFT": 1.0},
+        "eval-greedy": {"SFT": 2.0, "round 12": 3.0},
+        "report": {"set-up": 4.0},
+    }
+
+
+def test_chosen_pairs_are_spread_and_bounded() -> None:
+    pairs = [{"id": f"{i:04d}", "chosen": "x" * 972} for i in range(1000)]  # 1,000 bytes as JSON
+    assert len(json.dumps(pairs[0])) == 1000
+    assert choose_pairs(pairs, 300, 10**9)[::100] == [pairs[0], pairs[333], pairs[666]]
+    assert len(choose_pairs(pairs, 300, 50_000)) == 50
+    assert choose_pairs(pairs[:7], 300, 50_000) == pairs[:7]
+    assert choose_pairs([], 300, 50_000) == []
+
+
+def test_long_completions_keep_the_page_under_two_megabytes(tmp_path: Path) -> None:
+    folder = make_workdir(tmp_path, rounds=4, pairs=2)
+    long = "<" * 200 + "word " * 700
+    rows = [{"id": str(i), "prompt": "p", "chosen": long, "rejected": long} for i in range(400)]
+    for r in range(1, 5):
+        _write_lines(folder / f"round{r}" / "pairs.jsonl", [row | {"gold": long} for row in rows])
+    assert write_report(folder).stat().st_size < 2_000_000
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_file()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "nowhere")])
+    assert "is not a folder" in capsys.readouterr().err
