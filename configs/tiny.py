@@ -6,12 +6,12 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.model = dict(
         vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.15,
     )
     c.compute = dict(dtype="float32", remat="none", logprob_chunk=4096)
-    c.data = dict(source="procedural", num_train=4000, num_validation=300, num_test=300, vocab_size=512)
+    c.data = dict(source="procedural", num_train=12000, num_validation=300, num_test=300, vocab_size=512)
     c.sft = dict(
-        epochs=10, batch_size=8, seq_len=128, mixce_eta=0.75, neftune_alpha=5.0, log_every=20,
+        epochs=4, batch_size=8, seq_len=128, mixce_eta=0.75, neftune_alpha=5.0, log_every=20,
         optimizer=dict(name="adalite", learning_rate=5e-4, warmup_ratio=0.1, freeze_embeddings=False),
     )
     c.rank = dict(

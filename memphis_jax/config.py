@@ -8,6 +8,7 @@ plain values. Imports nothing of ours.
 import dataclasses
 import difflib
 import json
+import runpy
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -362,15 +363,41 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         _require(not overrides, f"{path} is a saved config: it takes no overrides ({overrides})")
         return build(RunConfig, json.loads(Path(path).read_text()))
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
 
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    module = runpy.run_path(path)
+    _require("get_config" in module, f"{path} has no function get_config()")
+    fields = _merge(_defaults(RunConfig), module["get_config"]().to_dict())
+    values, words = flags.FlagValues(), ["memphis", *overrides]
     try:
-        values(["memphis", f"--config={path}", *overrides])
+        holder = config_flags.DEFINE_config_dict(
+            "config", ConfigDict(fields), flag_values=values, sys_argv=words
+        )
+        values(words)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} {' '.join(overrides)}: {error}") from None
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from None
     return build(RunConfig, holder.value.to_dict())
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """All default values of a dataclass and of those inside it, so that each can be overridden."""
+    hints, found = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found[f.name] = _defaults(hints[f.name])
+        elif f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+    return found
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in top.items():
+        inner = base.get(name)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            value = _merge(inner, value)
+        merged[name] = value
+    return merged
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from memphis_jax.config import ModelConfig
 from memphis_jax.data.packing import Group
 from memphis_jax.data.prompts import Example
-from memphis_jax.model import StableLM, leaf_name
+from memphis_jax.model import StableLM, abstract, leaf_name
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,17 +25,21 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 2,
     "partial_rotary_factor": 0.5,  # 2 of 4
     "max_position_embeddings": 512,
-    "initializer_range": 0.3,
     "use_qkv_bias": True,
     "qk_layernorm": True,
 }
 
 
 def tiny_model(seed: int = 0, **options: Any) -> StableLM:
-    """A model whose norm scales and biases are random too, so that every leaf matters."""
-    model = StableLM(ModelConfig(**{**TINY, **options}), jax.random.key(seed))
+    """A random model in which every leaf matters, norm scales and biases too."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, "float32"), model)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(leaf.shape, "float32")
+        return jnp.asarray(1 + 0.2 * noise if leaf_name(path).endswith("scale") else 0.3 * noise)
+
+    model = abstract(ModelConfig(**{**TINY, **options}))  # quicker than compiling the initialiser
+    return jax.tree_util.tree_map_with_path(draw, model)
 
 
 def random_example(rng: np.random.Generator, length: int, vocab_size: int = 61) -> Example:

@@ -171,15 +171,11 @@ def test_token_logprobs_are_log_softmax_whatever_the_chunk(chunk_size: int) -> N
 
 def array_sizes(jaxpr: Any) -> set[int]:
     """Sizes of all arrays computed in a jaxpr, inner ones included."""
-    sizes = set()
-    for equation in jaxpr.eqns:
-        sizes |= {variable.aval.size for variable in equation.outvars}
-        for inner in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
-        ):
-            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                sizes |= array_sizes(getattr(inner, "jaxpr", inner))
+    sizes = {variable.aval.size for eqn in jaxpr.eqns for variable in eqn.outvars}
+    for parameter in jax.tree.leaves([eqn.params for eqn in jaxpr.eqns]):
+        inner = getattr(parameter, "jaxpr", parameter)  # a closed jaxpr holds one
+        if hasattr(inner, "eqns"):
+            sizes |= array_sizes(inner)
     return sizes
 
 

@@ -28,7 +28,7 @@ ADDS = ("finds {n} more", "gets {n} more", "buys {n} more")
 SUBTRACTS = ("loses {n}", "gives away {n}")
 DOUBLES = "Then the number doubles."
 
-LARGEST_OPERAND = 16
+LARGEST_OPERAND = 9
 LARGEST_RESULT = 16
 TERSE_SHARE = 0.6
 # Far below the 1.4 million different sums, so that drawing a new one stays quick.
