@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 QUERY_CHUNK = 128  # queries whose attention scores exist at once
 
-# attend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], what it keeps: a cache or None)
+# attend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], a cache or None)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -208,7 +208,7 @@ class StableLM(nnx.Module):
         self.lm_head = None if tied else Linear(head_key, shape[::-1], std=std)
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype | str = jnp.float32) -> jax.Array:
-        """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, which all compute then follows."""
+        """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, the dtype of all that follows."""
         return self.embed_tokens[...].astype(dtype)[tokens]
 
     def rotary(self, positions: jax.Array) -> Rotary:

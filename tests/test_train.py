@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers import (
     random_group,
     tiny_model,
 )
+from jax.experimental.compilation_cache import compilation_cache
 
 from memphis_jax import checkpoint
 from memphis_jax.config import ComputeConfig, ConfigError, OptimizerConfig, PhaseConfig
@@ -30,14 +32,28 @@ SETTINGS = PhaseConfig(
     accumulation=2,
     seq_len=SEQ_LEN,
     neftune_alpha=5.0,
-    mixce_eta=0.75,
     rank_weight=5.0,
     checkpoint_every=3,
     keep_checkpoints=2,
     log_every=2,
     optimizer=OptimizerConfig(learning_rate=1e-3, momentum=0.5),
 )
+SMALL: dict[str, Any] = {"use_qkv_bias": False, "qk_layernorm": False}
 EMBEDDINGS = {"embed_tokens", "lm_head/kernel"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As `memphis train` has one: every run would compile the same step again."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.3), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def make_loader(phase: str = "sft") -> Loader:
@@ -56,7 +72,7 @@ def make_loader(phase: str = "sft") -> Loader:
 
 
 def fresh_state(settings: PhaseConfig = SETTINGS) -> TrainState:
-    return init_state(tiny_model(), settings, seed=3)
+    return init_state(tiny_model(**SMALL), settings, seed=3)
 
 
 def train(workdir: Path, phase: str = "sft", **changes: Any) -> TrainState:
@@ -115,9 +131,9 @@ def crashing(loader: Loader, at: int) -> Loader:
 def test_a_step_moves_every_trained_leaf_by_rate_times_direction(frozen: bool) -> None:
     optimizer = dataclasses.replace(SETTINGS.optimizer, freeze_embeddings=frozen)
     settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
-    num_steps = 7
+    num_steps = make_loader().num_steps
     step = make_step("sft", settings, COMPUTE, num_steps)
-    before = named_leaves(tiny_model())
+    before = named_leaves(tiny_model(**SMALL))
     state = fresh_state(settings)
     state = dataclasses.replace(state, step=state.step + 4)
     state, metrics = step(state, make_loader()[0])
@@ -135,11 +151,11 @@ def test_a_step_moves_every_trained_leaf_by_rate_times_direction(frozen: bool) -
 
 
 def test_noise_differs_by_step_and_by_seed() -> None:
-    step = make_step("sft", SETTINGS, COMPUTE, 7)
+    step = make_step("sft", SETTINGS, COMPUTE, make_loader().num_steps)
     batch = make_loader()[0]
 
     def loss(seed: int, number: int) -> float:
-        state = init_state(tiny_model(), SETTINGS, seed)
+        state = init_state(tiny_model(**SMALL), SETTINGS, seed)
         state = dataclasses.replace(state, step=state.step + number)
         return float(step(state, batch)[1]["loss"])
 
@@ -148,9 +164,14 @@ def test_noise_differs_by_step_and_by_seed() -> None:
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    train(tmp_path, log_every=1, optimizer=OptimizerConfig("adamw", 0.01, freeze_embeddings=False))
+    batch = make_loader()[0]
+    train(
+        tmp_path,
+        loader=Loader(30, lambda _: batch),
+        optimizer=OptimizerConfig("adamw", 0.03, freeze_embeddings=False),
+    )
     losses = [row["loss"] for row in rows(tmp_path)]
-    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 # --- metrics
@@ -164,18 +185,12 @@ def test_metrics_of_a_rank_run(tmp_path: Path) -> None:
         assert row["rank_margin"] == pytest.approx(
             row["chosen_logprob"] - row["rejected_logprob"], abs=1e-5
         )
+        assert row["loss"] == pytest.approx(row["ce"] + 5 * row["rank_loss"], rel=1e-6)
         assert 0 < row["padding_share"] < 1
         assert row["tokens_per_second"] > 0
         assert row["grad_norm"] > 0
     assert logged[-1]["epoch"] == SETTINGS.epochs
     assert any((tmp_path / "tensorboard").iterdir())
-
-
-def test_loss_is_token_loss_plus_weighted_rank_loss() -> None:
-    settings = dataclasses.replace(SETTINGS, neftune_alpha=0.0, mixce_eta=1.0)
-    _, metrics = make_step("rank", settings, COMPUTE, 5)(fresh_state(), make_loader("rank")[0])
-    expected = float(metrics["ce"]) + 5.0 * float(metrics["rank_loss"])
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
 
 
 # --- steps that are not finite
@@ -202,7 +217,7 @@ def test_a_poisoned_step_is_skipped_and_counted(tmp_path: Path) -> None:
 def test_a_skipped_step_changes_nothing_but_the_counters() -> None:
     state, batch = fresh_state(), poisoned(make_loader(), {1})[0]
     before = jax.tree.map(np.array, state)
-    after, _ = make_step("sft", SETTINGS, COMPUTE, 7)(state, batch)
+    after, _ = make_step("sft", SETTINGS, COMPUTE, make_loader().num_steps)(state, batch)
     assert_same_bits(after.model, before.model)
     assert_same_bits(after.opt_state, before.opt_state)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (1, 1, 1)
@@ -286,7 +301,7 @@ def test_another_config_is_refused_and_the_differences_listed(tmp_path: Path) ->
     optimizer = dataclasses.replace(SETTINGS.optimizer, learning_rate=2e-3)
     with pytest.raises(ConfigError) as caught:
         train(tmp_path, mixce_eta=0.5, optimizer=optimizer)
-    for line in ("settings.mixce_eta: 0.75 -> 0.5", "learning_rate: 0.001 -> 0.002"):
+    for line in ("settings.mixce_eta: 1.0 -> 0.5", "learning_rate: 0.001 -> 0.002"):
         assert line in str(caught.value)
     assert "momentum" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)

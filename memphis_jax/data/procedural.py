@@ -1,6 +1,6 @@
 """Word problems made from a seed: the embedded default data, so `make demo` downloads nothing.
 
-Each problem is a sum of three or four steps told as a story. Its rationale is either terse or step
+Each problem is a sum of four or five steps told as a story. Its rationale is either terse or step
 by step, and nothing in the prompt says which: a model that imitates both can only get better by
 preferring the more reliable one, which is what the ranking rounds are for.
 
@@ -87,9 +87,9 @@ def generate(
 
 
 def draw_sum(rng: random.Random) -> Sum:
-    """Three or four steps whose results all lie between 1 and `LARGEST_RESULT`."""
+    """Four or five steps whose results all lie between 1 and `LARGEST_RESULT`."""
     start = rng.randint(1, LARGEST_OPERAND)
-    num_steps = rng.randint(3, 4)
+    num_steps = rng.randint(4, 5)
     steps: list[tuple[str, int]] = []
     value = start
     while len(steps) < num_steps:

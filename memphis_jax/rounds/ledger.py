@@ -42,8 +42,8 @@ class Stage:
 class Ledger:
     """The records of one workdir. Paths in records are relative to it where they lie inside."""
 
-    def __init__(self, workdir: Path):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, config_sha256: str):
+        self.workdir, self.config_sha256 = workdir, config_sha256
         (workdir / "ledger").mkdir(parents=True, exist_ok=True)
         (workdir / "logs").mkdir(exist_ok=True)
 
@@ -55,23 +55,12 @@ class Ledger:
         started, clock = datetime.now(UTC), time.perf_counter()
         log = self.workdir / "logs" / f"{stage.name}.log"
         exit_code = _run_process([*stage.prefix, *stage.command], log)
-        record = {
-            "stage": stage.name,
-            "command": [*stage.prefix, *stage.command],
-            "exit_code": exit_code,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - clock, 3),
-            "inputs": inputs,
-            "outputs": {},
-            "versions": versions(),
-            "config_sha256": sha256_file(self.workdir / "config.json"),
-            "host": platform.node(),
-            "note": "",
-        }
+        command, seconds = (*stage.prefix, *stage.command), time.perf_counter() - clock
+        record = self._record(stage.name, command, exit_code, started, seconds, inputs)
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if exit_code == 0 and not missing:
             record["outputs"] = {self._relative(path): _hash(path) for path in stage.outputs}
-        self._write(stage.name, record)
+        self._write(record)
         if exit_code or missing:
             why = f"exit code {exit_code}" if exit_code else f"no {', '.join(missing)}"
             raise StageFailed(f"stage {stage.name} failed ({why}); its output is in {log}")
@@ -79,9 +68,7 @@ class Ledger:
 
     def note(self, name: str, text: str) -> None:
         """Records a stage that was left out, and why."""
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"stage": name, "command": [], "exit_code": 0, "started": started, "seconds": 0.0}
-        self._write(name, {**record, "inputs": {}, "outputs": {}, "note": text})
+        self._write(self._record(name, (), 0, datetime.now(UTC), 0.0, {}, note=text))
 
     def records(self) -> list[dict[str, Any]]:
         """All records in the order in which the stages started."""
@@ -106,8 +93,32 @@ class Ledger:
             for path in stage.outputs
         )
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        write_json(self.workdir / "ledger" / f"{name}.json", record)
+    def _record(
+        self,
+        name: str,
+        command: Sequence[str],
+        exit_code: int,
+        started: datetime,
+        seconds: float,
+        inputs: dict[str, str],
+        note: str = "",
+    ) -> dict[str, Any]:
+        return {
+            "stage": name,
+            "command": list(command),
+            "exit_code": exit_code,
+            "started": started.isoformat(timespec="milliseconds"),
+            "seconds": round(seconds, 3),
+            "config_sha256": self.config_sha256,
+            "inputs": inputs,
+            "outputs": {},
+            "versions": versions(),
+            "host": platform.node(),
+            "note": note,
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_json(self.workdir / "ledger" / f"{record['stage']}.json", record)
 
     def _relative(self, path: Path) -> str:
         inside = path.is_relative_to(self.workdir)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memphis_jax import config as configs
-from memphis_jax.rounds.files import read_jsonl, write_json
+from memphis_jax.rounds.files import read_jsonl, sha256_file, write_json
 from memphis_jax.rounds.ledger import Ledger, Stage, locked
 
 MEMPHIS = (sys.executable, "-m", "memphis_jax")
@@ -64,7 +64,7 @@ class Recipe:
 
     def __init__(self, workdir: Path, config: configs.RunConfig):
         self.workdir, self.config = workdir, config
-        self.ledger = Ledger(workdir)
+        self.ledger = Ledger(workdir, sha256_file(workdir / "config.json"))
         self.data = workdir / "data"
         (workdir / "eval").mkdir(exist_ok=True)
 
