@@ -29,10 +29,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, function, _ = COMMANDS[argv[0]]
     try:
         getattr(importlib.import_module(f"memphis_jax.{module}"), function)(argv[1:])
-    except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.startswith("jax") or "--traceback" in argv:
+    except KeyboardInterrupt:
+        sys.exit(f"\nmemphis {argv[0]}: interrupted; the same command goes on from here")
+    except OSError as error:
+        sys.exit(f"memphis {argv[0]}: {error}")
+    except (ValueError, RuntimeError) as error:
+        if not _is_ours(error):
             raise
         sys.exit(f"memphis {argv[0]}: {error}")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it, so that its message says all; else a traceback is due."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"].startswith("memphis_jax")
 
 
 if __name__ == "__main__":

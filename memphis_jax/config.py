@@ -373,9 +373,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         holder = config_flags.DEFINE_config_dict(
             "config", ConfigDict(fields), flag_values=values, sys_argv=words
         )
-        values(words)
+        surplus = values(words)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: {error}") from None
+    _require(not surplus, f"unknown arguments: {' '.join(surplus)}")
     return build(RunConfig, holder.value.to_dict())
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,10 @@ def get_config():
         data=dict(num_train=200, num_validation=1, num_test=1, vocab_size=512),
         compute=dict(remat="none"),
         sft=dict(phase, epochs=12, checkpoint_every=25, mixce_eta=0.75),
-        rank=dict(phase, epochs=1, rank_weight=5.0, keep_optimizer_state=True),
+        rank=dict(
+            phase, epochs=1, rank_weight=5.0, keep_optimizer_state=True,
+            optimizer=dict(optimizer, learning_rate=1e-6),
+        ),
     ))
 """
 
@@ -166,7 +170,8 @@ def test_a_changed_config_is_refused(world: Path, changes: dict[str, str]) -> No
 def test_another_tokenizer_is_refused(world: Path) -> None:
     """The same rows would be other tokens."""
     procedural.write(world / "other", procedural.generate(200, 1, 1, seed=9), 450)
-    done = train(world, "whole", "--tokenizer", str(world / "other" / "tokenizer"))
+    shutil.copytree(world / "whole", world / "copy")
+    done = train(world, "copy", "--tokenizer", str(world / "other" / "tokenizer"))
     assert done.returncode == 1
     assert "another config" in done.stderr
 

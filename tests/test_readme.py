@@ -1,0 +1,34 @@
+"""What the README says of the configs is what the configs hold."""
+
+import re
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+from memphis_jax import config as configs
+
+REPO = Path(__file__).parents[1]
+CARD_ROW = re.compile(r"^\|[^|]*\| `([\w.]+)` \| (\S+) \|$", re.MULTILINE)
+
+
+def test_the_card_table_is_the_config() -> None:
+    config = configs.load(str(REPO / "configs" / "memphis_cot.py"))
+    rows = CARD_ROW.findall((REPO / "README.md").read_text())
+    assert len(rows) >= 25
+    for field, shown in rows:
+        assert str(reduce(getattr, field.split("."), config)) == shown, field
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads(path: Path) -> None:
+    assert configs.load(str(path)).rounds.num_rounds == 4
+
+
+def test_commands_named_in_the_readme_exist() -> None:
+    from memphis_jax.__main__ import COMMANDS
+
+    text = (REPO / "README.md").read_text()
+    listed = re.search(r"about each stage: (.*)\.\n", text)
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) | {"rounds"} == set(COMMANDS)
