@@ -266,7 +266,7 @@ def test_an_absurd_learning_rate_stops_with_finite_weights(tmp_path: Path) -> No
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, phase: str) -> None:
     loader = make_loader(phase)
     whole = train(tmp_path / "whole", phase)
-    for at in (1, 5, loader.num_steps - 1):  # before the first checkpoint, and between two
+    for at in (1, 5):  # before the first checkpoint, and between two
         with pytest.raises(Crash):
             train(tmp_path / "cut", phase, loader=crashing(loader, at))
     resumed = train(tmp_path / "cut", phase)
@@ -312,15 +312,3 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     last = make_loader().num_steps
     kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {last - 1, last}
-
-
-# --- learning-rate-free directions
-
-
-def test_adalite_state_is_what_the_loop_saves(tmp_path: Path) -> None:
-    state = train(tmp_path)
-    trainable = [name for name in named_leaves(state.model) if name not in EMBEDDINGS]
-    names = named_leaves(checkpoint.restore_train(tmp_path, state.without_model())["opt_state"])
-    for name in trainable:
-        assert any(key.endswith(f"second_moment/{name}") for key in names)
-    assert not any(embedding in key for key in names for embedding in EMBEDDINGS)
