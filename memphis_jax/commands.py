@@ -73,7 +73,10 @@ def train(argv: Sequence[str]) -> None:
         "compute": dataclasses.asdict(config.compute),
         "seed": config.seed,
         "data_sha256": sha256_file(args.data),
-        "init_sha256": sha256_folder(args.init / "checkpoints") if args.init else "",
+        "tokenizer_sha256": sha256_file(tokenizer_folder / "tokenizer.json"),
+        "start": sha256_folder(args.init / "checkpoints")
+        if args.init
+        else dataclasses.asdict(config.model),
     }
     training.run(
         args.phase,
@@ -112,7 +115,7 @@ def _first_state(
         )
     state = training.init_state(model, settings, config.seed)
     if init and settings.keep_optimizer_state:
-        state = training.carry_optimizer(init, state)
+        state = training.carry_optimizer(init, state, settings)
     return state
 
 

@@ -8,6 +8,7 @@ plain values. Imports nothing of ours.
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import typing
 from collections.abc import Mapping, Sequence
@@ -227,6 +228,11 @@ class OptimizerConfig:
         _positive(self, "learning_rate", "eps", "adam_eps")
         _not_negative(self, "clip_norm", "lambda_", "weight_decay")
         _share(self, "warmup_ratio", "momentum", "b1", "b2")
+        for name in ("momentum", "b1", "b2"):
+            _require(getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be below 1")
+        _require(
+            math.isfinite(self.learning_rate), f"learning_rate = {self.learning_rate} is not finite"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Where a training run tells how it goes: metrics.jsonl, TensorBoard, and the terminal. No jax."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -52,8 +53,10 @@ class MetricsWriter:
         self._file.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        row = {"step": step, **dict.fromkeys(values), **finite}  # JSON has no NaN: null
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in finite.items():
             self._board.add_scalar(name, value, step)
         shown = ("loss", "rank_margin", "learning_rate", "tokens_per_second")
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)

@@ -72,7 +72,8 @@ def sample_tokens(
     cumulative = jnp.cumsum(probabilities, axis=-1)
     uniform = jax.vmap(jax.random.uniform)(keys)  # [B], in [0, 1)
     threshold = uniform[:, None] * cumulative[:, -1:]
-    return jnp.argmax(cumulative > threshold, axis=-1).astype(jnp.int32)
+    # A float32 cumsum may wobble: without the second condition an excluded token could be drawn.
+    return jnp.argmax((cumulative > threshold) & (probabilities > 0), axis=-1).astype(jnp.int32)
 
 
 def _unstack(model: StableLM) -> list[Block]:
@@ -203,6 +204,8 @@ def sample(
 
     Raises ValueError where the longest prompt and max_new_tokens exceed max_position_embeddings.
     """
+    if not prompts:
+        return []
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     longest, limit = len(prompts[order[0]]), model.config.max_position_embeddings
     if longest + max_new_tokens > limit:

@@ -110,12 +110,13 @@ def train_step(
     )
     metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
     loss = jnp.stack([c * metrics[name] for name, c in coefficients.items()]).sum()
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     rate = schedule(state.step)
     directions, opt_state = optimizer.update(gradients, state.opt_state, trainable)
     updated = jax.tree.map(lambda p, m: p - rate * m, trainable, directions)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    update_norm = rate * optax.tree.norm(directions)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     bad = (~finite).astype(jnp.int32)
     new_state = TrainState(
@@ -173,10 +174,20 @@ def init_state(model: StableLM, settings: PhaseConfig, seed: int) -> TrainState:
     )
 
 
-def carry_optimizer(folder: Path, state: TrainState) -> TrainState:
-    """`state` with the optimizer statistics saved in `folder`, if it holds any."""
+def carry_optimizer(folder: Path, state: TrainState, settings: PhaseConfig) -> TrainState:
+    """`state` with the optimizer statistics saved in `folder`, if it holds any.
+
+    Raises ConfigError where they are of another optimizer or of other parameters.
+    """
     if not checkpoint.has_train(folder):
         return state
+    saved_settings = checkpoint.read_meta(folder)["identity"]["settings"]["optimizer"]
+    for name in ("name", "freeze_embeddings", "momentum"):
+        if (old := saved_settings[name]) != (new := getattr(settings.optimizer, name)):
+            raise ConfigError(
+                f"keep_optimizer_state: {folder} was trained with optimizer.{name} = {old!r}, this "
+                f"phase has {new!r}; make them equal or set keep_optimizer_state = False"
+            )
     saved = checkpoint.restore_train(folder, state.without_model())
     return dataclasses.replace(state, opt_state=saved["opt_state"])
 
@@ -206,6 +217,7 @@ def run(
     batches = iter(loader)
     state = resume(workdir, state, batches, identity)
     step_fn = make_step(phase, settings, compute, loader.num_steps)
+    _check_not_stopped(state, phase, workdir, settings)
     start = int(state.step)
     with (
         checkpoint.open_manager(workdir, keep=settings.keep_checkpoints) as manager,
@@ -223,14 +235,20 @@ def run(
                 meta = {"identity": identity, "loader": batches.get_state(), "step": step}
                 checkpoint.save(manager, step, state.model, meta, state.without_model())
             if stop:
-                manager.wait_until_finished()
-                raise TrainingStopped(
-                    f"{phase}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in "
-                    f"a row, up to step {step}; the last good weights are saved in {workdir}. "
-                    f"Lower the learning rate ({settings.optimizer.learning_rate:g}) or look at "
-                    "the data."
-                )
+                break
+    _check_not_stopped(state, phase, workdir, settings)
     return state
+
+
+def _check_not_stopped(state: TrainState, phase: str, workdir: Path, settings: PhaseConfig) -> None:
+    """Raises TrainingStopped where the newest steps were not finite, also at a new start."""
+    if int(state.skipped_in_a_row) >= MAX_SKIPPED_IN_A_ROW:
+        raise TrainingStopped(
+            f"{phase}: loss, gradient or update was not finite in {MAX_SKIPPED_IN_A_ROW} steps in "
+            f"a row, up to step {int(state.step)}; the weights from before are saved in {workdir}. "
+            f"Lower the learning rate ({settings.optimizer.learning_rate:g}) or look at the data, "
+            "and start in another workdir."
+        )
 
 
 def resume(workdir: Path, state: TrainState, batches: Any, identity: dict[str, Any]) -> TrainState:
