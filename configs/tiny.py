@@ -1,4 +1,4 @@
-"""The embedded default, `make demo`: the whole recipe on procedural word problems, on two CPU cores.
+"""The embedded default of `make demo`: the whole recipe on word problems, on two CPU cores.
 
 Every part is the real one, only small. The model starts from random weights, where Memphis started
 from a trained 3B; that is why the embeddings train, the learning rates are high and the optimizer's
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,  # tokens
-        "initializer_range": 0.15,  # Adalite's steps are relative to the weights: 0.02 learns slowly
+        "initializer_range": 0.15,  # Adalite steps relative to the weights: 0.02 learns slowly
     }
     config.compute = {
         "dtype": "float32",
