@@ -1,5 +1,6 @@
 """What is saved comes back to the bit, and what cannot is refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ NAMES = ("adalite", "adamw")
 def settings(name: str = "adalite", **options: Any) -> PhaseConfig:
     optimizer = OptimizerConfig(name=name, momentum=0.5, **options)
     return PhaseConfig(epochs=1, batch_size=1, seq_len=8, optimizer=optimizer)
+
+
+def identity(phase: PhaseConfig) -> dict[str, Any]:
+    """The part of what `memphis train` saves that names the optimizer."""
+    return {"settings": dataclasses.asdict(phase)}
 
 
 def filled_state(name: str = "adalite", seed: int = 0) -> TrainState:
@@ -129,9 +135,9 @@ def test_leaves_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_optimizer_statistics_are_carried_into_the_next_phase(tmp_path: Path, name: str) -> None:
     previous = filled_state(name)
-    save(tmp_path, 7, previous)
+    save(tmp_path, 7, previous, identity=identity(settings(name)))
     fresh = init_state(tiny_model(seed=2), settings(name), seed=4)
-    carried = carry_optimizer(tmp_path, fresh)
+    carried = carry_optimizer(tmp_path, fresh, settings(name))
     assert_same_bits(carried.opt_state, previous.opt_state)
     for part in ("step", "model", "key", "skipped"):  # the rest is the new phase's
         assert_same_bits(getattr(carried, part), getattr(fresh, part))
@@ -142,7 +148,15 @@ def test_a_converted_folder_has_no_statistics_to_carry(tmp_path: Path) -> None:
     with checkpoint.open_manager(tmp_path, keep=1) as manager:
         checkpoint.save(manager, 0, tiny_model(), {})
     fresh = init_state(tiny_model(), settings(), seed=0)
-    assert carry_optimizer(tmp_path, fresh) is fresh
+    assert carry_optimizer(tmp_path, fresh, settings()) is fresh
+
+
+@pytest.mark.parametrize("other", [settings("adamw"), settings(freeze_embeddings=False)])
+def test_statistics_of_another_optimizer_are_refused(tmp_path: Path, other: PhaseConfig) -> None:
+    save(tmp_path, 7, filled_state(), identity=identity(settings()))
+    fresh = init_state(tiny_model(), other, seed=0)
+    with pytest.raises(ConfigError, match=r"keep_optimizer_state: .* was trained with optimizer\."):
+        carry_optimizer(tmp_path, fresh, other)
 
 
 def test_the_tokenizer_is_copied_whole_and_replaced(tmp_path: Path) -> None:

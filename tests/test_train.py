@@ -205,13 +205,8 @@ def test_a_poisoned_step_is_skipped_and_counted(tmp_path: Path) -> None:
     assert all(np.isfinite(leaf).all() for leaf in named_leaves(state.model).values())
     skipped = [row["skipped_steps"] for row in rows(tmp_path)]
     assert skipped == [0, 1, 1, 2, *[3] * (loader.num_steps - 4)]
-    assert [np.isfinite(row["loss"]) for row in rows(tmp_path)[:5]] == [
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]
+    lost = [row["step"] for row in rows(tmp_path) if row["loss"] is None]
+    assert lost == [2, 4, 5]  # JSON has no NaN
 
 
 def test_a_skipped_step_changes_nothing_but_the_counters() -> None:
