@@ -11,8 +11,8 @@ import jax
 def start_jax() -> None:
     """Sets up the persistent compile cache (JAX_COMPILATION_CACHE_DIR moves it) and the allocator.
 
-    glibc gives large blocks back to the system and fetches them again at every step; keeping them
-    took a CPU training step of the demo from 53 to 36 ms.
+    glibc gives large blocks back to the system and fetches them again at every step, page by page;
+    keeping them saves a small model on CPU much of its time.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memphis_jax"
