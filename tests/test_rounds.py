@@ -23,11 +23,11 @@ SMALL = [  # a few seconds of each stage
     "--config.model.hidden_size=32",
     "--config.model.intermediate_size=64",
     "--config.model.num_hidden_layers=2",
-    "--config.data.num_train=240",
+    "--config.data.num_train=1200",
     "--config.data.num_validation=12",
     "--config.data.num_test=12",
-    "--config.sft.epochs=2",
-    "--config.sft.checkpoint_every=20",
+    "--config.sft.epochs=3",
+    "--config.sft.checkpoint_every=100",
     "--config.generate.questions_per_round=40",
     "--config.generate.num_samples=4",
     "--config.rounds.num_rounds=2",
@@ -85,8 +85,9 @@ def test_a_run_ends_with_results_report_and_a_record_of_every_stage(undisturbed:
         assert row["test_questions"] == 12
     assert "</html>" in (undisturbed / "report.html").read_text()
     records = {path.stem for path in (undisturbed / "ledger").iterdir()}
-    for stage in ("generate", "grade", "pairs", "rank"):
+    for stage in ("generate", "grade", "pairs", "rank", "export"):
         assert f"round2-{stage}" in records
+    assert read_jsonl(undisturbed / "round2" / "pairs.jsonl")  # so the rank phase was real
     completions = read_jsonl(undisturbed / "round1" / "completions.jsonl")
     assert completions[0]["meta"]["num_samples"] == 4
     assert len(completions) == 1 + 40 * 4

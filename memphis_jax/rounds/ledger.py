@@ -68,6 +68,8 @@ class Ledger:
 
     def note(self, name: str, text: str) -> None:
         """Records a stage that was left out, and why."""
+        if (old := self.read(name)) and old["note"] == text:
+            return
         self._write(self._record(name, (), 0, datetime.now(UTC), 0.0, {}, note=text))
 
     def records(self) -> list[dict[str, Any]]:
