@@ -141,44 +141,21 @@ class _Progress:
 
 def sample(argv: Sequence[str]) -> None:
     """Completions for a file of questions by the embedded JAX sampler."""
-    parser = argparse.ArgumentParser(
-        prog="memphis sample",
-        description="Sample answers to questions with JAX from a checkpoint folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="as `memphis train` writes")
-    parser.add_argument("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
-    parser.add_argument("--out", required=True, type=Path, help="completions.jsonl to write")
-    parser.add_argument("--num-samples", type=int, default=8, help="answers per question")
-    parser.add_argument("--temperature", type=float, default=0.5, help="0 = greedy")
-    parser.add_argument("--top-p", type=float, default=0.8)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences decoded at once")
-    parser.add_argument("--num-questions", type=int, default=0, help="random share; 0 = all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = parser.parse_args(argv)
+    args = _sample_arguments(argv)
     from memphis_jax import checkpoint, sampler
     from memphis_jax.runtime import start_jax
 
     start_jax()
-
-    questions = [row for path in args.questions for row in read_jsonl(path)]
-    if 0 < args.num_questions < len(questions):
-        chosen = np.random.default_rng(args.seed).permutation(len(questions))
-        questions = [questions[i] for i in sorted(chosen[: args.num_questions])]
+    questions = _read_questions(args.questions, args.num_questions, args.seed)
     model, _ = checkpoint.restore_model(args.checkpoint)
     tokenizer, eos_id = load_tokenizer(args.checkpoint / "tokenizer")
-    rows = [(row["id"], number) for row in questions for number in range(args.num_samples)]
     encoded = {row["id"]: encode_prompt(tokenizer, row["prompt"]) for row in questions}
-    if len(encoded) != len(questions):
-        raise ValueError(f"{' '.join(args.questions)}: ids are not unique")
+    rows = [(name, number) for name in encoded for number in range(args.num_samples)]
     drawing = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
     }
-    progress = _Progress(len(rows))
     completions = sampler.sample(
         model,
         [encoded[name] for name, _ in rows],
@@ -187,7 +164,7 @@ def sample(argv: Sequence[str]) -> None:
         batch_size=args.batch_size,
         stops=lambda tokens: STOP in tokenizer.decode(tokens, skip_special_tokens=False),
         dtype=args.dtype,
-        on_progress=progress.add,
+        on_progress=_Progress(len(rows)).add,
         **drawing,
     )
     header = {
@@ -210,3 +187,36 @@ def sample(argv: Sequence[str]) -> None:
         for (name, number), done in zip(rows, completions, strict=True)
     ]
     write_jsonl(args.out, [{"meta": header}, *lines])
+
+
+def _sample_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="memphis sample",
+        description="Sample answers to questions with JAX from a checkpoint folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="as `memphis train` writes")
+    parser.add_argument("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
+    parser.add_argument("--out", required=True, type=Path, help="completions.jsonl to write")
+    parser.add_argument("--num-samples", type=int, default=8, help="answers per question")
+    parser.add_argument("--temperature", type=float, default=0.5, help="0 = greedy")
+    parser.add_argument("--top-p", type=float, default=0.8, help="share of probability kept")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="EOS included")
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences decoded at once")
+    parser.add_argument("--num-questions", type=int, default=0, help="random share; 0 = all")
+    parser.add_argument("--seed", type=int, default=0, help="of the share and of the sampling")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of compute"
+    )
+    return parser.parse_args(argv)
+
+
+def _read_questions(paths: Sequence[str], limit: int, seed: int) -> list[dict[str, Any]]:
+    """The questions of several files, or `limit` of them drawn by `seed`, in the files' order."""
+    questions = [row for path in paths for row in read_jsonl(path)]
+    if len({row["id"] for row in questions}) != len(questions):
+        raise ValueError(f"{' '.join(paths)}: ids are not unique")
+    if 0 < limit < len(questions):
+        chosen = np.random.default_rng(seed).permutation(len(questions))[:limit]
+        questions = [questions[i] for i in sorted(chosen)]
+    return questions
