@@ -10,6 +10,8 @@ from convert import load_hf
 from memphis_jax.config import ConfigError, ModelConfig
 from memphis_jax.model import QUERY_CHUNK, StableLM, flatten
 
+pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
+
 logits = jax.jit(StableLM.logits)
 
 

@@ -26,6 +26,8 @@ from memphis_jax.objectives import rank_sums, sft_sums
 from memphis_jax.optimizer import is_embedding, partition
 from memphis_jax.train import loss_and_gradients
 
+pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
+
 ETA, RANK_WEIGHT = 0.75, 5.0
 FORWARD: dict[str, Any] = {
     "mixce_eta": ETA,

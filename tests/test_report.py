@@ -20,6 +20,8 @@ from memphis_jax.report import (
     write_report,
 )
 
+pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
+
 HOSTILE = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 VERSIONS = {"python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8"}
 EVALS = [  # validation greedy, sampled, test greedy, sampled

@@ -17,6 +17,8 @@ from convert import load_hf
 from memphis_jax.model import StableLM
 from memphis_jax.sampler import Completion, row_keys, sample, sample_tokens, top_p_mask
 
+pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
+
 NEVER = 10_000  # an EOS outside the vocabulary
 
 

@@ -24,6 +24,8 @@ from memphis_jax.data.loader import Batch, Loader, rank_loader, sft_loader
 from memphis_jax.optimizer import cosine_schedule
 from memphis_jax.train import TrainingStopped, TrainState, init_state, make_step, run
 
+pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
+
 SEQ_LEN = 24
 COMPUTE = ComputeConfig(remat="none", logprob_chunk=64)
 SETTINGS = PhaseConfig(
