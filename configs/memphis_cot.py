@@ -4,7 +4,7 @@
 the card refers to; "ours" is a choice of this project. Before it runs, set
 
   --config.start.hf_folder     stabilityai/stablelm-3b-4e1t, downloaded (safetensors)
-  --config.data.train, .validation, .test    TinyCoT-shaped JSON Lines
+  --config.data.root           a folder of local copies; leave it out to read from the hub
 """
 
 from ml_collections import ConfigDict
@@ -20,10 +20,14 @@ def get_config() -> ConfigDict:
         "logprob_chunk": 1024,  # ours: tokens; 1024 x 50304 logits take 0.2 GB
     }
     config.data = {
-        "source": "jsonl",
-        "train": "data/tinycot/train.jsonl",
-        "validation": "data/tinycot/validation.jsonl",
-        "test": "data/tinycot/test.jsonl",
+        "source": "mixture",  # docs/data.md: filters, revisions, how to add a data set
+        "mixture": {
+            "tinycot": {},  # card: all rows; the rounds ask its questions
+            "reddit_instruct": {"rows": 5000},  # card
+            "oasst2_curated": {},  # card: all rows
+        },
+        "num_validation": 300,  # ours: questions of TinyCoT that are not trained on
+        "num_test": 300,  # ours
     }
     config.sft = {
         "epochs": 2,  # card

@@ -4,11 +4,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from memphis_jax.errors import one_line
+
 COMMANDS = {  # name: (module, function, what it does)
     "rounds": ("rounds.run", "run", "the whole recipe: SFT, then rounds of sampling and ranking"),
     "data": ("data.prepare", "data", "the data files of a run"),
     "train": ("commands", "train", "one training phase, SFT or rank"),
-    "sample": ("commands", "sample", "answers to questions, by the JAX sampler"),
+    "sample": ("rounds.sample", "sample", "answers to questions, by the JAX sampler"),
+    "parity": ("rounds.parity", "parity", "does the trainer agree with the sampler's logprobs?"),
     "grade": ("rounds.commands", "grade", "check answers against the ground truth"),
     "pairs": ("rounds.commands", "pairs", "correct-incorrect pairs of graded answers"),
     "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
@@ -27,24 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         sys.exit(f"memphis: no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[argv[0]]
-    try:
+    with one_line(f"memphis {argv[0]}"):
         getattr(importlib.import_module(f"memphis_jax.{module}"), function)(argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(f"\nmemphis {argv[0]}: interrupted; the same command goes on from here")
-    except OSError as error:
-        sys.exit(f"memphis {argv[0]}: {error}")
-    except (ValueError, RuntimeError) as error:
-        if not _is_ours(error):
-            raise
-        sys.exit(f"memphis {argv[0]}: {error}")
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, so that its message says all; else a traceback is due."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals["__name__"].startswith("memphis_jax")
 
 
 if __name__ == "__main__":

@@ -183,22 +183,77 @@ class ComputeConfig:
         _positive(self, "logprob_chunk")
 
 
+# What a row of one's own must have, by template: column names are given for one of these sets.
+COLUMNS = {
+    "cot": ({"prompt", "rationale", "target"}, {"prompt", "rationale", "target", "source"}),
+    "chat": ({"messages"}, {"user", "assistant"}),
+}
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One data set of the mixture: a recipe by its name, or a data set of one's own (docs/data.md).
+
+    A recipe knows its template, its columns and its filters, so an entry sets none of these.
+    """
+
+    rows: int = 0  # to take at most; 0 = the recipe's number, or all of a data set of one's own
+    repo: str = ""  # hub: owner/name
+    revision: str = ""  # hub: a commit; what the hub resolves it to is recorded
+    path: str = ""  # or here: a file or a folder of Parquet, JSON Lines or CSV
+    split: str = "train"
+    template: str = ""  # one's own: "cot" or "chat"
+    columns: dict[str, str] = field(default_factory=dict)  # one's own: what -> name of its column
+    at_least: dict[str, float] = field(default_factory=dict)  # one's own: column -> lowest number
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "rows")
+        _require(bool(self.split), "split is empty: 'train' is usual")
+        _require(
+            not (self.path and (self.repo or self.revision)),
+            f"path = {self.path!r} is on this machine: leave out repo and revision, or the path",
+        )
+        _one_of("template", self.template, ("", *COLUMNS))
+        if self.template:
+            _require(bool(self.repo or self.path), "path and repo are empty: give one of them")
+            _require(
+                set(self.columns) in COLUMNS[self.template],
+                f"columns = {self.columns} is not {self.template!r}'s: give "
+                + " or ".join(", ".join(sorted(names)) for names in COLUMNS[self.template]),
+            )
+        else:
+            for name in ("columns", "at_least"):
+                value = getattr(self, name)
+                _require(not value, f"{name} = {value} needs a template, 'cot' or 'chat'")
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "procedural"  # "procedural" (embedded default) or "jsonl" (TinyCoT-shaped files)
+    source: str = "procedural"  # (embedded default), "jsonl" (TinyCoT-shaped files) or "mixture"
     num_train: int = 0  # procedural: rows to make
-    num_validation: int = 0
+    num_validation: int = 0  # mixture: CoT questions held out of training
     num_test: int = 0
     vocab_size: int = 512  # procedural: size of the tokenizer trained on the rows
     train: str = ""  # jsonl: files of {prompt, rationale, target, source}
     validation: str = ""
     test: str = ""
-    tokenizer: str = ""  # jsonl with random weights: folder with tokenizer.json; "" = the start's
+    tokenizer: str = ""  # not procedural: folder with tokenizer.json; "" = the start's
+    mixture: dict[str, MixtureEntry] = field(default_factory=dict)  # name -> what to take of it
+    root: str = ""  # mixture: folder of local copies, ROOT/OWNER/NAME or ROOT/NAME; "" = the hub
+    evaluation: tuple[str, ...] = ()  # guarded sets: JSON Lines files, or names on the hub
+    contamination: str = "drop"  # training rows that match an evaluation set: "drop" or "keep"
 
     def __post_init__(self) -> None:
-        _one_of("source", self.source, ("procedural", "jsonl"))
+        _one_of("source", self.source, ("procedural", "jsonl", "mixture"))
+        _one_of("contamination", self.contamination, ("drop", "keep"))
         if self.source == "procedural":
             _positive(self, "num_train", "num_validation", "num_test", "vocab_size")
+        elif self.source == "mixture":
+            _require(bool(self.mixture), "mixture is empty: name a data set (docs/data.md)")
+            _not_negative(self, "num_validation", "num_test")
+            for name in ("train", "validation", "test"):
+                value = getattr(self, name)
+                _require(not value, f"{name} = {value!r} is for source = 'jsonl', not 'mixture'")
         else:
             for name in ("train", "validation", "test"):
                 _require(bool(getattr(self, name)), f"{name} is empty: give a JSON Lines file")
@@ -266,18 +321,26 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    engine: str = "jax"
+    engine: str = "jax"  # "jax": the embedded sampler; "vllm": from exported weights
+    python: str = ".venv-vllm/bin/python"  # vllm: the interpreter that has it
     num_samples: int = 8  # answers per question
     temperature: float = 0.5  # 0 = greedy
     top_p: float = 0.8
     max_new_tokens: int = 512
-    batch_size: int = 64  # sequences decoded at once
     questions_per_round: int = 0  # 0 = all; otherwise another random share each round
+    batch_questions: int = 64  # questions in a published block, what a killed sampler may lose
+    batch_size: int = 64  # jax: sequences decoded at once
+    data_parallel: int = 1  # vllm: processes, one shard of the questions each
+    tensor_parallel_size: int = 1  # vllm: GPUs per process
+    parity_completions: int = 64  # vllm: rescored with JAX after each generation; 0 = none
+    parity_bound: float = 0.0  # nats per token; 0 = 0.02 in float32, 0.05 in bfloat16
 
     def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ("jax",))
-        _positive(self, "num_samples", "max_new_tokens", "batch_size")
+        _one_of("engine", self.engine, ("jax", "vllm"))
+        _positive(self, "num_samples", "max_new_tokens", "batch_questions", "batch_size")
+        _positive(self, "data_parallel", "tensor_parallel_size")
         _not_negative(self, "temperature", "questions_per_round")
+        _not_negative(self, "parity_completions", "parity_bound")
         _require(0 < self.top_p <= 1, f"top_p = {self.top_p} must be in (0, 1]")
 
 
@@ -321,7 +384,7 @@ class RunConfig:
                 f"{name}.seq_len = {seq_len} exceeds model.max_position_embeddings = "
                 f"{self.model.max_position_embeddings}",
             )
-        if self.data.source == "jsonl" and not self.start.hf_folder:
+        if self.data.source != "procedural" and not self.start.hf_folder:
             _require(
                 bool(self.data.tokenizer),
                 "data.tokenizer is empty: random weights need a folder with tokenizer.json",
@@ -350,10 +413,18 @@ def build(cls: Any, values: Mapping[str, Any], path: str = "config") -> Any:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _convert(kind: type, value: Any, where: str) -> Any:
+def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         _require(isinstance(value, Mapping), f"{where} = {value!r} must be a section with fields")
         return build(kind, value, where)
+    if typing.get_origin(kind) is dict:  # dict[str, kind of the values]
+        _require(isinstance(value, Mapping), f"{where} = {value!r} must be a section with fields")
+        inner = typing.get_args(kind)[1]
+        return {name: _convert(inner, value[name], f"{where}.{name}") for name in value}
+    if typing.get_origin(kind) is tuple:  # tuple[kind of the items, ...]; JSON has lists
+        _require(isinstance(value, list | tuple), f"{where} = {value!r} must be a tuple")
+        inner = typing.get_args(kind)[0]
+        return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wrong_bool = isinstance(value, bool) and kind is not bool
@@ -373,7 +444,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     module = runpy.run_path(path)
     _require("get_config" in module, f"{path} has no function get_config()")
-    fields = _merge(_defaults(RunConfig), module["get_config"]().to_dict())
+    fields = _with_defaults(RunConfig, module["get_config"]().to_dict())
     values, words = flags.FlagValues(), ["memphis", *overrides]
     try:
         holder = config_flags.DEFINE_config_dict(
@@ -386,25 +457,25 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, holder.value.to_dict())
 
 
-def _defaults(cls: Any) -> dict[str, Any]:
-    """All default values of a dataclass and of those inside it, so that each can be overridden."""
-    hints, found = typing.get_type_hints(cls), {}
+def _with_defaults(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with every default of the dataclass filled in, so that each can be overridden."""
+    hints, filled = typing.get_type_hints(cls), dict(given)
     for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            found[f.name] = _defaults(hints[f.name])
+        kind, value = hints[f.name], given.get(f.name, {})
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, Mapping):
+                filled[f.name] = _with_defaults(kind, value)
+        elif typing.get_origin(kind) is dict:
+            inner = typing.get_args(kind)[1]
+            if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+                value = {
+                    name: _with_defaults(inner, entry) if isinstance(entry, Mapping) else entry
+                    for name, entry in value.items()
+                }
+            filled[f.name] = value
         elif f.default is not dataclasses.MISSING:
-            found[f.name] = f.default
-    return found
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in top.items():
-        inner = base.get(name)
-        if isinstance(inner, Mapping) and isinstance(value, Mapping):
-            value = _merge(inner, value)
-        merged[name] = value
-    return merged
+            filled.setdefault(f.name, f.default)
+    return filled
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

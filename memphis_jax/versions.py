@@ -3,12 +3,13 @@
 import platform
 from importlib import metadata
 
+TRAINING = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    packages = ("memphis-jax", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+
+def versions(packages: tuple[str, ...] = TRAINING) -> dict[str, str]:
+    """Versions of Python, of this program and of the packages that decide a result."""
     found = {"python": platform.python_version()}
-    for name in packages:
+    for name in ("memphis-jax", *packages):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

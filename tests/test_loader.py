@@ -1,11 +1,13 @@
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +34,13 @@ def make_groups(count: int) -> list[Group]:
     return groups
 
 
-def sft(examples: list[Example], **changes: int) -> Loader:
-    arguments = {"seq_len": SEQ_LEN, "batch_size": 8, "epochs": 3, "seed": 5} | changes
+def sft(examples: list[Example], **changes: Any) -> Loader:
+    arguments: dict[str, Any] = {
+        "seq_len": SEQ_LEN,
+        "batch_size": 8,
+        "epochs": 3,
+        "seed": 5,
+    } | changes
     return sft_loader(examples, **arguments)
 
 
@@ -94,6 +101,107 @@ def test_the_hosts_shares_make_up_the_batch() -> None:
             )
 
 
+def fits(groups: list[Group]) -> dict[int, int]:
+    """The index of a group by the token that all of its ground truth consists of."""
+    return {int(group.gold.tokens[0]): index for index, group in enumerate(groups)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 2, 4, 7])
+def test_any_number_of_hosts_shares_every_batch(hosts: int, accumulation: int) -> None:
+    """Also where they do not divide it: 7 hosts of 8 rows, and of 4."""
+    whole = list(sft(make_examples(50), accumulation=accumulation))
+    loaders = [
+        sft(make_examples(50), accumulation=accumulation, process_index=p, process_count=hosts)
+        for p in range(hosts)
+    ]
+    rows = -(-8 // accumulation // hosts)
+    for step, of_all in enumerate(whole):
+        shares = [loader[step] for loader in loaders]
+        for share in shares:
+            assert (
+                share["tokens"].shape == share["loss_mask"].shape == (accumulation, rows, SEQ_LEN)
+            )
+        for part in range(accumulation):
+            # Disjoint, complete and in order: the real rows side by side are the micro-batch.
+            for name, array in of_all.items():
+                real = [s[name][part][s["segment_ids"][part].any(-1)] for s in shares]
+                expected = array[part][of_all["segment_ids"][part].any(-1)]
+                np.testing.assert_array_equal(np.concatenate(real), expected)
+    seen = [index for loader in loaders for batch in loader for index in segments(batch)]
+    assert Counter(seen) == dict.fromkeys(range(50), 3)  # three epochs
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 2, 4, 7])
+def test_any_number_of_hosts_shares_the_groups(hosts: int, accumulation: int) -> None:
+    groups = make_groups(22)
+    loaders = [
+        rank_loader(
+            groups,
+            seq_len=SEQ_LEN,
+            batch_size=8,
+            accumulation=accumulation,
+            epochs=2,
+            seed=0,
+            process_index=p,
+            process_count=hosts,
+        )
+        for p in range(hosts)
+    ]
+    assert {loader.num_steps for loader in loaders} == {2 * 3}
+    shapes = {
+        tuple((name, array.shape) for name, array in sorted(batch.items()))
+        for loader in loaders
+        for batch in loader
+    }
+    assert len(shapes) == 1
+    assert dict(shapes.pop())["ranks"] == (accumulation, -(-8 // accumulation // hosts), 3)
+    owner, steps = fits(groups), []
+    for step in range(6):
+        steps.append([])
+        for loader in loaders:
+            batch = loader[step]
+            for part in range(accumulation):
+                steps[-1] += groups_of({name: a[part] for name, a in batch.items()}, owner)
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(index for step in epoch for index in step) == list(range(22))
+    whole = rank_loader(groups, seq_len=SEQ_LEN, batch_size=8, epochs=2, seed=0)
+    for step, found in enumerate(steps):
+        here = groups_of({name: a[0] for name, a in whole[step].items()}, owner)
+        assert sorted(found) == sorted(here), "a step is the same groups on any number of hosts"
+
+
+def groups_of(batch: Batch, owner: dict[int, int]) -> list[int]:
+    """The indices of a micro-batch's groups, whose members all lie in it."""
+    real = (batch["ranks"] >= 0).any(-1)
+    found = sorted(owner[int(token)] for token in np.unique(batch["targets"][batch["loss_mask"]]))
+    of_candidates = []
+    for rows, numbers, ranks in zip(
+        batch["candidate_rows"][real],
+        batch["candidate_segments"][real],
+        batch["ranks"][real],
+        strict=True,
+    ):
+        tokens = [
+            np.unique(batch["tokens"][row][batch["segment_ids"][row] == number]).tolist()
+            for row, number, rank in zip(rows, numbers, ranks, strict=True)
+            if rank >= 0
+        ]
+        # Examples are made candidate, candidate[, candidate], gold: with successive tokens.
+        assert all(len(one) == 1 for one in tokens)
+        assert tokens == [[tokens[0][0] + k] for k in range(len(tokens))]
+        of_candidates.append(owner[tokens[-1][0] + 1])
+    assert sorted(of_candidates) == found
+    return found
+
+
+def test_slots_told_beforehand_change_nothing() -> None:
+    examples = make_examples(50)
+    told = sft(examples, slots=[len(example.tokens) - 1 for example in examples])
+    assert [digest(batch) for batch in told] == [digest(batch) for batch in sft(examples)]
+
+
 def test_rank_batches_have_one_shape_and_hold_every_group_once_an_epoch() -> None:
     groups = make_groups(10)
     golds = [int(group.gold.tokens[0]) for group in groups]
@@ -140,44 +248,63 @@ def test_a_restored_iterator_goes_on_with_the_next_batch(kind: str) -> None:
         assert [digest(batch) for batch in restored] == digests[step:]
 
 
-def log_batches(log: Path, saved: Path) -> None:
-    """A process: append "step digest" per batch to `log`, going on from the step in `saved`."""
-    iterator = iter(sft(make_examples(50)))
-    step = 0
+def long_run(process_index: int, process_count: int) -> Loader:
+    changes = {"process_index": process_index, "process_count": process_count, "accumulation": 2}
+    return sft(make_examples(600), **changes)
+
+
+def log_batches(log: Path, saved: Path, process_index: int, process_count: int) -> None:
+    """A process: append "step index count digest" per batch, going on from the state in `saved`."""
+    iterator = iter(long_run(process_index, process_count))
     if saved.exists():
-        step, state = json.loads(saved.read_text())
-        iterator.set_state(state)
+        iterator.set_state(json.loads(saved.read_text()))
     for batch in iterator:
+        state = iterator.get_state()
+        # The step is what the state says, so a state that is off by one does not go unseen.
+        step = state["next_index"] - 1
         with log.open("a") as file:
-            file.write(f"{step} {digest(batch)}\n")
-        step += 1
+            file.write(f"{step} {process_index} {process_count} {digest(batch)}\n")
         partial = saved.with_suffix(".partial")
-        partial.write_text(json.dumps([step, iterator.get_state()]))
+        partial.write_text(json.dumps(state))
         partial.replace(saved)
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
-def test_a_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
-    log, saved = tmp_path / "log", tmp_path / "saved.json"
+@pytest.mark.slow
+def test_killed_at_ten_moments_the_next_process_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    """Each time as another host of another number of hosts."""
+    log, saved, moments = tmp_path / "log", tmp_path / "saved.json", random.Random(0)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__, str(log), str(saved)]
-    for kill_after in (2, 5):
-        process = subprocess.Popen(command, env=environment)
-        while process.poll() is None and (
-            not log.exists() or len(log.read_text().splitlines()) < kill_after
-        ):
-            time.sleep(0.01)
+    hosts = [(0, 1), (1, 2), (2, 4), (6, 7), (0, 7), (3, 4), (0, 2), (0, 1), (5, 7), (1, 4), (0, 1)]
+
+    def command(host: tuple[int, int]) -> list[str]:
+        return [sys.executable, __file__, str(log), str(saved), *map(str, host)]
+
+    def lines() -> list[str]:
+        return log.read_text().splitlines() if log.exists() else []
+
+    for host in hosts[:10]:
+        enough = len(lines()) + moments.randint(1, 6)
+        process = subprocess.Popen(command(host), env=environment)
+        while process.poll() is None and len(lines()) < enough:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.02))
         assert process.poll() is None, "the process ended before it could be killed"
         process.kill()
         process.wait()
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command(hosts[10]), env=environment, check=True)
 
-    lines = [line.split() for line in log.read_text().splitlines()]
-    expected = [digest(batch) for batch in sft(make_examples(50))]
-    # The kill may come between a log line and its position: then the same batch is logged twice.
-    assert {int(step) for step, _ in lines} == set(range(len(expected)))
-    assert all(expected[int(step)] == logged for step, logged in lines)
-    assert len(lines) <= len(expected) + 2
+    loaders = {host: long_run(*host) for host in hosts}
+    logged = [line.split() for line in lines()]
+    for step, index, count, found in logged:
+        assert digest(loaders[int(index), int(count)][int(step)]) == found
+    steps = [int(step) for step, *_ in logged]
+    # A kill between a log line and its state makes the next process repeat that batch, only that.
+    ends = [at for at in range(1, len(logged)) if logged[at][1:3] != logged[at - 1][1:3]]
+    assert len(ends) == 10
+    for at in range(1, len(steps)):
+        assert steps[at] - steps[at - 1] in ((0, 1) if at in ends else (1,))
+    assert (steps[0], steps[-1]) == (0, loaders[0, 1].num_steps - 1)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +312,6 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
     [
         ({"accumulation": 3}, "batch_size a multiple of accumulation"),
         ({"epochs": 0}, "epochs 0 must be 1 or more"),
-        ({"process_count": 3}, "equal share of micro-batches of 8"),
-        ({"accumulation": 4, "process_count": 4}, "equal share of micro-batches of 2"),
         ({"process_index": 2, "process_count": 2}, "host 2 of 2"),
         ({"seq_len": 10}, r"example \d+ takes \d+ slots but a row has 10"),
     ],
@@ -221,4 +346,4 @@ def test_steps_outside_the_run_are_an_error() -> None:
 
 
 if __name__ == "__main__":
-    log_batches(Path(sys.argv[1]), Path(sys.argv[2]))
+    log_batches(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

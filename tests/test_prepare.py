@@ -1,4 +1,4 @@
-"""The user's own rows: checked before anything is written, and given ids that stay apart."""
+"""What `memphis data` reads: checked before anything is written, with ids that stay apart."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,17 @@ import pytest
 
 from memphis_jax.config import DataConfig
 from memphis_jax.data import procedural
-from memphis_jax.data.prepare import import_rows
+from memphis_jax.data.prepare import data, hold_out, read_rows
 from memphis_jax.rounds.files import read_jsonl, write_jsonl
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    phase = dict(epochs=1, batch_size=2, seq_len=128, optimizer=dict())
+    return ConfigDict(dict(sft=phase, rank=phase, data={data!r}))
+"""
 
 
 @pytest.fixture
@@ -18,12 +27,12 @@ def tokenizer(tmp_path: Path) -> Path:
     return tmp_path / "own"
 
 
-def files(folder: Path, **rows: list[dict[str, Any]]) -> DataConfig:
-    paths = {}
+def files(folder: Path, **rows: list[dict[str, Any]]) -> dict[str, str]:
+    paths = {"source": "jsonl"}
     for split in ("train", "validation", "test"):
         paths[split] = str(folder / f"{split}-source.jsonl")
         write_jsonl(paths[split], rows.get(split, [row(f"a question for {split}")]))
-    return DataConfig(source="jsonl", **paths)
+    return paths
 
 
 def row(prompt: str, **changes: Any) -> dict[str, Any]:
@@ -31,15 +40,22 @@ def row(prompt: str, **changes: Any) -> dict[str, Any]:
     return {**whole, **changes}
 
 
+def build(folder: Path, **settings: Any) -> Path:
+    (folder / "config.py").write_text(CONFIG.format(data=settings))
+    data(["--config", str(folder / "config.py"), "--out", str(folder / "data")])
+    return folder / "data"
+
+
 def test_rows_get_ids_and_the_tokenizer_comes_along(tmp_path: Path, tokenizer: Path) -> None:
-    data = files(tmp_path, train=[row("one", surplus=3), row("two")])
-    import_rows(data, tokenizer, tmp_path / "data")
-    assert read_jsonl(tmp_path / "data" / "train.jsonl") == [
+    rows = [row("one", surplus=3), row("two"), row(" ", target="no question"), row("four")]
+    out = build(tmp_path, **files(tmp_path, train=rows), tokenizer=str(tokenizer))
+    assert read_jsonl(out / "train.jsonl") == [
         {"id": "train-000001", **row("one")},
         {"id": "train-000002", **row("two")},
+        {"id": "train-000004", **row("four")},  # what cannot be trained on is no question either
     ]
-    assert read_jsonl(tmp_path / "data" / "test.jsonl")[0]["id"] == "test-000001"
-    copied = {path.name for path in (tmp_path / "data" / "tokenizer").iterdir()}
+    assert read_jsonl(out / "test.jsonl")[0]["id"] == "test-000001"
+    copied = {path.name for path in (out / "tokenizer").iterdir()}
     assert copied == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 
 
@@ -54,20 +70,36 @@ def test_rows_get_ids_and_the_tokenizer_comes_along(tmp_path: Path, tokenizer: P
 def test_a_bad_row_is_named_and_nothing_is_published(
     tmp_path: Path, tokenizer: Path, bad: dict[str, Any], message: str
 ) -> None:
-    data = files(tmp_path, train=[row("one"), bad])
+    settings = files(tmp_path, train=[row("one"), bad])
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
-        import_rows(data, tokenizer, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+        build(tmp_path, **settings, tokenizer=str(tokenizer))
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "config.py"])
 
 
-def test_a_held_out_question_among_the_training_ones_is_refused(
-    tmp_path: Path, tokenizer: Path
-) -> None:
-    data = files(tmp_path, train=[row("one"), row("two")], test=[row(" two ")])
+def test_a_held_out_question_among_the_training_ones_is_refused(tmp_path: Path) -> None:
+    settings = files(tmp_path, train=[row("one"), row("two")], test=[row(" two ")])
     with pytest.raises(ValueError, match=r"1 of its questions are also in .* first is 'two'"):
-        import_rows(data, tokenizer, tmp_path / "data")
+        read_rows(DataConfig(**settings))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
-        import_rows(files(tmp_path), tmp_path, tmp_path / "data")
+        build(tmp_path, **files(tmp_path), tokenizer=str(tmp_path))
+
+
+def test_held_out_questions_are_different_ones_drawn_by_the_seed() -> None:
+    items = [
+        row(prompt) for prompt in ("one", " ONE", "two", "three  x", "Three x", "four", "five")
+    ]
+    splits, questions = hold_out(items, {"validation": 1, "test": 2}, seed=0)
+    assert [len(rows) for rows in splits.values()] == [1, 2]
+    drawn = [held for rows in splits.values() for held in rows]
+    assert [held["id"] for held in drawn] == ["validation-000001", "test-000001", "test-000002"]
+    assert len({" ".join(held["prompt"].split()).casefold() for held in drawn}) == 3
+    assert len(questions) == 3
+    assert hold_out(items, {"validation": 1, "test": 2}, seed=0) == (splits, questions)
+    assert any(hold_out(items, {"validation": 1}, seed)[1] != {"one"} for seed in range(5))
+    with pytest.raises(ValueError, match="cannot hold out 5 of 5 CoT questions"):
+        hold_out(items, {"validation": 5}, seed=0)
+    assert hold_out([], {"validation": 0, "test": 0}, seed=0)[0] == {"validation": [], "test": []}

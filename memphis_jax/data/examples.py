@@ -1,21 +1,60 @@
-"""Files of rows -> token examples: what `memphis train` reads. No jax.
+"""Rows -> token examples, and the built folder of them: what `memphis train` reads. No jax.
 
-Over-long rows are dropped and counted, as the original does, never cut.
+Over-long rows are dropped and counted, as the original does, never cut. `build.py` writes the
+folder; here it is opened, memory-mapped, with one example decoded at a time.
 """
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from memphis_jax.data.packing import Group
-from memphis_jax.data.prompts import Example, cot_completion, encode_cot
-from memphis_jax.rounds.files import read_jsonl
+from memphis_jax.data.prompts import (
+    Example,
+    cot_completion,
+    encode_chat,
+    encode_cot,
+    load_tokenizer,
+)
+from memphis_jax.rounds.files import read_jsonl, sha256_file, sha256_folder
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 Item = TypeVar("Item")
+
+MANIFEST = "manifest.json"
+
+
+def encode_row(tokenizer: Tokenizer, row: Row, eos_id: int) -> Example:
+    """A row {messages} in the chat template, a row {prompt, rationale, target} in CoT's.
+
+    Raises ValueError for what the template cannot hold, KeyError for a missing field.
+    """
+    if "messages" in row:
+        return encode_chat(tokenizer, row["messages"], eos_id)
+    completion = cot_completion(row["rationale"], row["target"])
+    return encode_cot(tokenizer, row["prompt"], completion, eos_id)
+
+
+def encode_or_reason(tokenizer: Tokenizer, row: Row, eos_id: int, seq_len: int) -> Example | str:
+    """`encode_row`, or why the row has to be dropped."""
+    try:
+        example = encode_row(tokenizer, row, eos_id)
+    except ValueError as error:
+        return str(error)
+    return _too_long([example], seq_len) or example
+
+
+def _too_long(members: Iterable[Example], seq_len: int) -> str:
+    # An example of n tokens fills n - 1 slots: the last token is only a target.
+    if max(len(example.tokens) for example in members) > seq_len + 1:
+        return f"longer than seq_len = {seq_len} tokens"
+    return ""
 
 
 def read_cot_examples(
@@ -23,11 +62,10 @@ def read_cot_examples(
 ) -> tuple[list[Example], Counter[str]]:
     """Rows {prompt, rationale, target} -> (examples, why rows were dropped: reason -> count)."""
 
-    def encode(row: Row) -> Example:
-        completion = cot_completion(row["rationale"], row["target"])
-        return encode_cot(tokenizer, row["prompt"], completion, eos_id)
+    def encode(row: Row) -> Example | str:
+        return encode_or_reason(tokenizer, row, eos_id, seq_len)
 
-    return _encode_rows(read_jsonl(path), encode, lambda example: [example], seq_len)
+    return _keep(read_jsonl(path), encode)
 
 
 def read_groups(
@@ -35,24 +73,22 @@ def read_groups(
 ) -> tuple[list[Group], Counter[str]]:
     """Rows {prompt, chosen, rejected, gold} of pairs.jsonl -> (groups, why rows were dropped)."""
 
-    def encode(row: Row) -> Group:
-        chosen, rejected, gold = (
-            encode_cot(tokenizer, row["prompt"], row[name], eos_id)
-            for name in ("chosen", "rejected", "gold")
-        )
-        return Group(candidates=(chosen, rejected), ranks=(0, 1), gold=gold)
+    def encode(row: Row) -> Group | str:
+        try:
+            chosen, rejected, gold = (
+                encode_cot(tokenizer, row["prompt"], row[name], eos_id)
+                for name in ("chosen", "rejected", "gold")
+            )
+        except ValueError as error:
+            return str(error)
+        group = Group(candidates=(chosen, rejected), ranks=(0, 1), gold=gold)
+        return _too_long([chosen, rejected, gold], seq_len) or group
 
-    def members(group: Group) -> list[Example]:
-        return [*group.candidates, group.gold]
-
-    return _encode_rows(read_jsonl(path), encode, members, seq_len)
+    return _keep(read_jsonl(path), encode)
 
 
-def _encode_rows(
-    rows: Iterable[Row],
-    encode: Callable[[Row], Item],
-    members: Callable[[Item], list[Example]],
-    seq_len: int,
+def _keep(
+    rows: Iterable[Row], encode: Callable[[Row], Item | str]
 ) -> tuple[list[Item], Counter[str]]:
     kept: list[Item] = []
     dropped: Counter[str] = Counter()
@@ -61,12 +97,81 @@ def _encode_rows(
             item = encode(row)
         except KeyError as missing:
             raise ValueError(f"row {row.get('id', '')!r} has no field {missing}: {row}") from None
-        except ValueError as error:
-            dropped[str(error)] += 1
-            continue
-        # An example of n tokens fills n - 1 slots: the last token is only a target.
-        if max(len(example.tokens) for example in members(item)) > seq_len + 1:
-            dropped[f"longer than seq_len = {seq_len} tokens"] += 1
+        if isinstance(item, str):
+            dropped[item] += 1
         else:
             kept.append(item)
     return kept, dropped
+
+
+class ArrowExamples(Sequence[Example]):
+    """The examples of Arrow files, one after another, memory-mapped.
+
+    `lengths` [n] int64 holds the tokens of each, known without touching the tokens.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._batches = [
+            batch
+            for path in paths
+            for batch in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_batches()
+        ]
+        self._offsets = [np.asarray(batch["tokens"].offsets, np.int64) for batch in self._batches]
+        self._tokens = [np.asarray(batch["tokens"].values) for batch in self._batches]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *map(np.diff, self._offsets)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, row = self._locate(index)
+        start, end = self._offsets[batch][row : row + 2].tolist()
+        mask = self._batches[batch]["loss_mask"].values.slice(start, end - start)
+        return Example(self._tokens[batch][start:end], mask.to_numpy(zero_copy_only=False))
+
+    def source(self, index: int) -> str:
+        """Where the example is from: its row's `source`."""
+        batch, row = self._locate(index)
+        return self._batches[batch]["source"][row].as_py()
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} is not there: the last of them is {len(self) - 1}")
+        batch = int(np.searchsorted(self._ends, index, side="right"))
+        return batch, int(index - self._ends[batch] + self._batches[batch].num_rows)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a built folder. Raises ValueError for a folder without one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}: build it with `memphis data --out {folder}`")
+    return json.loads(path.read_text("utf-8"))
+
+
+def open_built(folder: Path) -> tuple[ArrowExamples, dict[str, Any]]:
+    """(examples, manifest) of a built folder, in the order in which they were built.
+
+    Nothing is read through: see `check_built`.
+    """
+    manifest = read_manifest(folder)
+    shards = [name for one in manifest["data_sets"].values() for name in one["shards"]]
+    return ArrowExamples([folder / name for name in shards]), manifest
+
+
+def check_built(folder: Path, tokenizer: Path, seq_len: int) -> None:
+    """Raises ValueError unless the shards of a built folder are whole and fit this training.
+
+    They must be of the same tokenizer.json and EOS, and of the same `seq_len`: for another one,
+    other examples would have been dropped.
+    """
+    manifest = read_manifest(folder)
+    if sha256_folder(folder / "sft") != manifest["sft_sha256"]:
+        raise ValueError(f"{folder}/sft differs from {MANIFEST}: delete {folder}, build it again")
+    inputs = manifest["inputs"]
+    tokens = (sha256_file(tokenizer / "tokenizer.json"), load_tokenizer(tokenizer)[1])
+    if tokens != (inputs["tokenizer_sha256"], inputs["eos_id"]):
+        raise ValueError(f"{folder} was built with another tokenizer than that in {tokenizer}")
+    if (built := inputs["seq_len"]) != seq_len:
+        raise ValueError(f"{folder} was built for sft.seq_len = {built}, but it is {seq_len} now")

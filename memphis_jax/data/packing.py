@@ -1,6 +1,6 @@
 """Pack examples of unequal length into rows of one length.
 
-Sits between `prompts.py`, which makes examples, and `loader.py`, which decides what goes together.
+Sits between `prompts.py`, which makes examples, and `loader.py`, which makes batches of the rows.
 Imports numpy and `prompts.Example` only.
 
 An example of n tokens takes n - 1 slots: slot i holds input `tokens[i]`, target `tokens[i + 1]` and
@@ -58,6 +58,22 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             node //= 2
             free[node] = max(free[2 * node], free[2 * node + 1])
     return rows
+
+
+def epoch_order(num_items: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes its items: every one once."""
+    return np.random.default_rng((seed, epoch)).permutation(num_items).tolist()
+
+
+def plan_rows(slots: Sequence[int], seq_len: int, seed: int, epoch: int) -> list[list[int]]:
+    """The rows of an epoch, as indices into `slots`: first-fit over the epoch's own order.
+
+    Rows are planned here, from the lengths alone, and not stored with the built data: in each epoch
+    an example meets other neighbours in other batches, and one build serves every seed.
+    """
+    order = epoch_order(len(slots), seed, epoch)
+    rows = first_fit([slots[index] for index in order], seq_len)
+    return [[order[at] for at in row] for row in rows]
 
 
 def check_lengths(lengths: Sequence[int], capacity: int, name: str = "example") -> None:

@@ -56,7 +56,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises ValueError for a row that JSON cannot hold (NaN too); the old file then stays.
     """
     lines = (_encode(path, row, f" in row {n}") for n, row in enumerate(rows, start=1))
-    _publish(Path(path), lines)
+    publish(Path(path), lines)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -64,7 +64,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
     Raises ValueError for what JSON cannot hold (NaN too); the old file then stays.
     """
-    _publish(Path(path), [_encode(path, obj, "", indent=2)])
+    publish(Path(path), [_encode(path, obj, "", indent=2)])
 
 
 def _encode(path: str | Path, obj: Any, where: str, indent: int | None = None) -> bytes:
@@ -75,7 +75,7 @@ def _encode(path: str | Path, obj: Any, where: str, indent: int | None = None) -
         raise ValueError(f"{path}: cannot be written as JSON{where}: {error}") from error
 
 
-def _publish(path: Path, chunks: Iterable[bytes]) -> None:
+def publish(path: Path, chunks: Iterable[bytes]) -> None:
     """Write to a neighbour, flush to disk, rename.
 
     A reader sees the old file or the whole new one, whenever this process dies.

@@ -5,12 +5,10 @@ says what went in (hashes), the command, versions, exit code, time, and what cam
 is valid while the command and the inputs are the same and every output has its hash. No jax.
 """
 
-import ctypes
 import fcntl
 import json
 import os
 import platform
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memphis_jax.rounds.files import sha256_file, sha256_folder, write_json
+from memphis_jax.rounds.processes import DIE_WITH_PARENT
 from memphis_jax.versions import versions
 
 
@@ -138,10 +137,6 @@ def _run_process(command: Sequence[str], log: Path) -> int:
     the killed one still writing.
     """
 
-    def die_with_parent() -> None:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
     with log.open("ab") as file:
         process = subprocess.Popen(
             command,
@@ -149,7 +144,7 @@ def _run_process(command: Sequence[str], log: Path) -> int:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             close_fds=False,  # the lock goes along; Python's other files are not inheritable
-            preexec_fn=die_with_parent if platform.system() == "Linux" else None,
+            preexec_fn=DIE_WITH_PARENT,
         )
         assert process.stdout is not None
         for line in process.stdout:

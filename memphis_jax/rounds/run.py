@@ -1,7 +1,7 @@
 """`memphis rounds`: the whole recipe as stages, from data to report. No jax in this process.
 
     data -> [init] -> sft -> export -> held-out accuracy
-      -> per round: generate -> grade -> pairs -> rank -> export -> held-out accuracy
+      -> per round: generate [-> parity] -> grade -> pairs -> rank -> export -> held-out accuracy
       -> results.json, report.html
 
 Round r starts from the weights of round r - 1 (SFT's for the first). Each stage is a process with a
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,12 +41,26 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
+    _check(config)
     workdir: Path = args.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
         _claim(workdir, config)
         results = Recipe(workdir, config).run()
     print_results(results, workdir)
+
+
+def _check(config: configs.RunConfig) -> None:
+    """What is said at once, not after hours of SFT."""
+    for name in ("num_validation", "num_test"):
+        if config.data.source == "mixture" and getattr(config.data, name) == 0:
+            raise configs.ConfigError(f"data.{name} = 0: the rounds need held-out questions")
+    generate, here = config.generate, not config.executor.generate
+    if generate.engine == "vllm" and here and not shutil.which(generate.python):
+        raise configs.ConfigError(
+            f"generate.python = {generate.python!r} is no interpreter: `make vllm` builds "
+            ".venv-vllm; or set executor.generate to sample elsewhere"
+        )
 
 
 def _claim(workdir: Path, config: configs.RunConfig) -> None:
@@ -66,10 +81,13 @@ class Recipe:
         self.workdir, self.config = workdir, config
         self.ledger = Ledger(workdir, sha256_file(workdir / "config.json"))
         self.data = workdir / "data"
-        (workdir / "eval").mkdir(exist_ok=True)
+        self.exported: dict[Path, Path] = {}  # checkpoint folder -> HF folder
+        for folder in ("eval", "parity"):
+            (workdir / folder).mkdir(exist_ok=True)
 
     def run(self) -> dict[str, Any]:
         checkpoint = self.sft(self.start())
+        self.greedy_parity(checkpoint)
         results: dict[str, Any] = {"sft": self.evaluate("sft", checkpoint), "rounds": []}
         for number in range(1, self.config.rounds.num_rounds + 1):
             checkpoint = self.round(number, checkpoint)
@@ -83,11 +101,14 @@ class Recipe:
     def start(self) -> Path | None:
         """Data files, and the checkpoint to start from (None: random weights)."""
         config_file = self.workdir / "config.json"
-        sources = [self.config.data.train, self.config.data.validation, self.config.data.test]
+        data = self.config.data
+        sources = [data.train, data.validation, data.test, data.root, *data.evaluation]
+        sources += [entry.path for entry in data.mixture.values()]
         self.stage(
             "data",
             (*MEMPHIS, "data", "--config", config_file, "--out", self.data),
-            inputs=[Path(path) for path in sources if path],
+            # What is no path is a name on the hub, or is missing, which `memphis data` tells.
+            inputs=[Path(path) for path in sources if path and Path(path).exists()],
             outputs=[self.data],
         )
         if not self.config.start.hf_folder:
@@ -98,7 +119,7 @@ class Recipe:
 
     def sft(self, init: Path | None) -> Path:
         folder = self.workdir / "sft"
-        self.train("sft", "sft", folder, init, self.data / "train.jsonl")
+        self.train("sft", "sft", folder, init, self.data)
         self.export("sft", folder)
         return folder
 
@@ -106,19 +127,19 @@ class Recipe:
         """One round from `checkpoint`; returns the new one, or the same where no pair was found."""
         config, name = self.config, f"round{number}"
         folder, questions = self.workdir / name, self.data / "train.jsonl"
-        completions, graded, pairs = (
-            folder / f"{stem}.jsonl" for stem in ("completions", "graded", "pairs")
-        )
-        self.sample(
+        graded, pairs = folder / "graded.jsonl", folder / "pairs.jsonl"
+        completions = self.sample(
             f"{name}-generate",
             checkpoint,
             [questions],
-            completions,
+            folder / "generate",
             num_samples=config.generate.num_samples,
             temperature=config.generate.temperature,
             num_questions=config.generate.questions_per_round,
             seed=config.seed * 1000 + number,
+            rescore=config.generate.parity_completions,
         )
+        self.parity(f"{name}-parity", checkpoint, questions, completions)
         self.grade(f"{name}-grade", completions, [questions], graded)
         limit = config.rounds.max_pairs_per_question
         self.stage(
@@ -151,13 +172,12 @@ class Recipe:
             ("greedy", 1, 0.0),
             ("sampled", self.config.rounds.eval_samples, self.config.generate.temperature),
         ):
-            completions = self.workdir / "eval" / f"{name}-{kind}.jsonl"
-            graded[kind] = completions.with_suffix(".graded.jsonl")
-            self.sample(
+            graded[kind] = self.workdir / "eval" / f"{name}-{kind}.graded.jsonl"
+            completions = self.sample(
                 f"{name}-eval-{kind}",
                 checkpoint,
                 questions,
-                completions,
+                self.workdir / "eval" / f"{name}-{kind}",
                 num_samples=samples,
                 temperature=temperature,
                 num_questions=0,
@@ -196,6 +216,7 @@ class Recipe:
         out = self.workdir / name / "hf"
         inputs = [folder / "checkpoints", folder / "tokenizer"]
         self.stage(f"{name}-export", (*CONVERT, "to-hf", folder, out), inputs, [out])
+        self.exported[folder] = out
 
     def sample(
         self,
@@ -208,30 +229,79 @@ class Recipe:
         temperature: float,
         num_questions: int,
         seed: int,
-    ) -> None:
+        rescore: int = 0,
+    ) -> Path:
+        """Answers of a checkpoint by the configured engine; returns the completions file."""
         generate = self.config.generate
-        out.parent.mkdir(parents=True, exist_ok=True)
         options = {
             "--num-samples": num_samples,
             "--temperature": temperature,
             "--top-p": generate.top_p,
             "--max-new-tokens": generate.max_new_tokens,
-            "--batch-size": generate.batch_size,
             "--num-questions": num_questions,
             "--seed": seed,
             "--dtype": self.config.compute.dtype,
+            "--batch-questions": generate.batch_questions,
         }
+        worker: tuple[Any, ...]
+        if generate.engine == "jax":
+            worker = (*MEMPHIS, "sample", "--checkpoint", checkpoint)
+            inputs = [checkpoint / "checkpoints", checkpoint / "tokenizer"]
+            options["--batch-size"] = generate.batch_size
+        else:
+            folder = self.exported[checkpoint]
+            worker = (generate.python, "-m", "memphis_jax.rounds.generate", "--model", folder)
+            inputs = [folder]
+            options["--tensor-parallel-size"] = generate.tensor_parallel_size
+            options["--data-parallel"] = generate.data_parallel
+            options["--rescore"] = rescore
         self.stage(
             name,
             (
-                *(*MEMPHIS, "sample", "--checkpoint", checkpoint, "--out", out),
-                *("--questions", *questions),
+                *(*worker, "--questions", *questions, "--out", out),
                 *(word for pair in options.items() for word in pair),
             ),
-            inputs=[checkpoint / "checkpoints", checkpoint / "tokenizer", *questions],
-            outputs=[out],
+            inputs=[*inputs, *questions],
+            outputs=[out / "completions.jsonl"],
             prefix=self.config.executor.generate,
         )
+        return out / "completions.jsonl"
+
+    def parity(self, name: str, checkpoint: Path, questions: Path, completions: Path) -> None:
+        """Stops the recipe where the trainer does not agree with what vLLM sampled."""
+        generate = self.config.generate
+        if generate.engine == "jax" or not generate.parity_completions:
+            return
+        out = self.workdir / "parity" / f"{name}.json"
+        self.stage(
+            name,
+            (
+                *(*MEMPHIS, "parity", "--checkpoint", checkpoint, "--completions", completions),
+                *("--questions", questions, "--dtype", self.config.compute.dtype),
+                *("--bound", generate.parity_bound, "--out", out),
+            ),
+            inputs=[checkpoint / "checkpoints", checkpoint / "tokenizer", questions, completions],
+            outputs=[out],
+            prefix=self.config.executor.train,
+        )
+
+    def greedy_parity(self, checkpoint: Path) -> None:
+        """Before anything is sampled: greedy answers to 8 questions by both engines."""
+        if self.config.generate.engine == "jax" or not self.config.generate.parity_completions:
+            return
+        questions = self.data / "train.jsonl"
+        completions = self.sample(
+            "start-greedy",
+            checkpoint,
+            [questions],
+            self.workdir / "parity" / "start",
+            num_samples=1,
+            temperature=0.0,
+            num_questions=8,
+            seed=self.config.seed,
+            rescore=8,
+        )
+        self.parity("start-parity", checkpoint, questions, completions)
 
     def grade(self, name: str, completions: Path, questions: list[Path], out: Path) -> None:
         self.stage(

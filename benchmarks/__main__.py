@@ -1,0 +1,23 @@
+"""`python -m benchmarks NAME`: measures, prints a table, and writes JSON with --json FILE."""
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "data": "building and loading tokens, packing, the contamination guard",
+    "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
+    "grading": "gold answers against themselves and each other; time per 100,000 gradings",
+}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] not in BENCHMARKS:
+        print("usage: python -m benchmarks NAME [options]     (NAME --help tells more)\n")
+        for name, about in BENCHMARKS.items():
+            print(f"  {name:10} {about}")
+        sys.exit(0 if not argv or argv[0] in ("-h", "--help") else 2)
+    importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

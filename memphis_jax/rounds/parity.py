@@ -1,0 +1,173 @@
+"""`memphis parity`: does the trainer give sampled tokens the logprobs that the sampler saw?
+
+Reads the completions that carry `token_ids` and `logprobs`, computes the same logprobs with the
+training forward pass, and fails where they are apart: wrong weights, another tokenizer, another
+rotary layout or a broken kernel all show here, before a wrong pair trains anything. In greedy
+completions each token must also be the trainer's own most probable one, or tie with it: then both
+engines write the same text.
+
+Axis letters: B row, T position, V vocabulary.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from memphis_jax.data.prompts import encode_prompt, load_tokenizer
+from memphis_jax.rounds.files import read_completions, read_jsonl, write_json
+
+BOUNDS = {"float32": 0.02, "bfloat16": 0.05}  # nats per token
+ROWS = 16  # rescored at once
+
+
+class Rescored(NamedTuple):
+    """Of one completion, all [new tokens] float32."""
+
+    theirs: np.ndarray  # the sampler's logprobs
+    ours: np.ndarray
+    best: np.ndarray  # the trainer's largest logprob at that place
+
+
+def parity(argv: Sequence[str]) -> None:
+    args = _arguments(argv)
+    bound = args.bound or BOUNDS[args.dtype]
+    meta, rows = read_completions(args.completions)
+    rows = [row for row in rows if "logprobs" in row]
+    questions = {row["id"]: row for path in args.questions for row in read_jsonl(path)}
+    for row in rows:
+        if row["id"] not in questions:
+            raise ValueError(f"{args.completions}: no question has the id {row['id']!r}")
+        if len(row["logprobs"]) != len(row["token_ids"]):
+            raise ValueError(
+                f"{args.completions}: {row['id']!r}, sample {row['sample']}, has "
+                f"{len(row['token_ids'])} token_ids and {len(row['logprobs'])} logprobs"
+            )
+    if not rows:
+        raise ValueError(
+            f"{args.completions} holds no logprobs to compare: sample with --rescore 64"
+        )
+    from memphis_jax import checkpoint
+    from memphis_jax.runtime import start_jax
+
+    start_jax()
+    tokenizer, _ = load_tokenizer(args.checkpoint / "tokenizer")
+    prompts = [encode_prompt(tokenizer, questions[row["id"]]["prompt"]) for row in rows]
+    model, _ = checkpoint.restore_model(args.checkpoint)
+    found = rescore(model, prompts, rows, args.dtype)
+    greedy = meta["sampling"]["temperature"] == 0
+    result = summarise(rows, found, greedy)
+    result |= {"dtype": args.dtype, "bound": bound, "engine": meta["engine"]}
+    worst = result["worst"]
+    result["worst"]["token"] = tokenizer.decode([worst["token_id"]], skip_special_tokens=False)
+    if not np.isfinite(result["mean_abs_difference"]):  # which JSON could not hold
+        raise RuntimeError(f"trainer and sampler cannot be compared: {describe(result)}")
+    write_json(args.out, result)
+    print(describe(result), file=sys.stderr)
+    if result["mean_abs_difference"] > bound or result.get("largest_gap", 0.0) > 2 * bound:
+        raise RuntimeError(f"trainer and sampler are not the same model: {describe(result)}")
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="memphis parity",
+        description="Rescore sampled tokens with JAX; exit code 1 where the logprobs are apart.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="what was exported")
+    parser.add_argument("--completions", required=True, type=Path, help="sampled with --rescore")
+    parser.add_argument("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
+    parser.add_argument("--out", required=True, type=Path, help="JSON to write")
+    parser.add_argument("--dtype", default="float32", choices=tuple(BOUNDS), help="of compute")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        default=0.0,
+        help="mean |difference| per token in nats; 0 = 0.02 in float32, 0.05 in bfloat16",
+    )
+    return parser.parse_args(argv)
+
+
+def rescore(
+    model: Any, prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]], dtype: str
+) -> list[Rescored]:
+    """The trainer's logprobs of each row's `token_ids` after its prompt."""
+    import jax
+
+    lengths = [
+        len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    width = -(-max(lengths) // 32) * 32  # one shape for all
+    score = jax.jit(partial(_scores, dtype=dtype))
+    found = []
+    for start in range(0, len(rows), ROWS):
+        tokens = np.zeros((ROWS, width), np.int32)
+        batch = list(zip(prompts, rows, lengths, strict=True))[start : start + ROWS]
+        for at, (prompt, row, length) in enumerate(batch):
+            tokens[at, :length] = [*prompt, *row["token_ids"]]
+        chosen, best = (np.asarray(array) for array in score(model, tokens))  # [B, T - 1]
+        for at, (prompt, row, length) in enumerate(batch):
+            new = slice(len(prompt) - 1, length - 1)
+            theirs = np.array(row["logprobs"], np.float32)
+            found.append(Rescored(theirs, chosen[at, new], best[at, new]))
+    return found
+
+
+def _scores(model: Any, tokens: Any, dtype: str) -> tuple[Any, Any]:
+    """tokens [B, T] -> (logprob of each next token, the largest logprob there), [B, T - 1] both."""
+    import jax
+    import jax.numpy as jnp
+
+    # What follows a row's end is causal future and changes nothing before it.
+    logprobs = jax.nn.log_softmax(model.logits(tokens[:, :-1], dtype=dtype), axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen, logprobs.max(-1)
+
+
+def summarise(
+    rows: Sequence[dict[str, Any]], found: Sequence[Rescored], greedy: bool
+) -> dict[str, Any]:
+    """Mean and largest |difference| per token, the worst token, and for greedy rows agreement."""
+    differences = [np.abs(one.theirs - one.ours) for one in found]
+    at = int(np.argmax([d.max() for d in differences]))
+    token = int(differences[at].argmax())
+    result: dict[str, Any] = {
+        "completions": len(rows),
+        "tokens": sum(map(len, differences)),
+        "mean_abs_difference": float(np.concatenate(differences).mean()),
+        "max_abs_difference": float(differences[at].max()),
+        "worst": {
+            "id": rows[at]["id"],
+            "sample": rows[at]["sample"],
+            "position": token,
+            "token_id": rows[at]["token_ids"][token],
+            "theirs": float(found[at].theirs[token]),
+            "ours": float(found[at].ours[token]),
+        },
+    }
+    if greedy:
+        gaps = [float((one.best - one.ours).max()) for one in found]
+        result |= {"identical": sum(gap == 0 for gap in gaps), "largest_gap": max(gaps)}
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line for a person."""
+    worst = result["worst"]
+    line = (
+        f"mean |logprob difference| {result['mean_abs_difference']:.2g} per token (bound "
+        f"{result['bound']:g}) over {result['completions']} completions, {result['tokens']} "
+        f"tokens; worst: {worst['id']} sample {worst['sample']}, new token {worst['position']} "
+        f"{worst['token']!r}: {result['engine']} {worst['theirs']:.4f}, JAX {worst['ours']:.4f}"
+    )
+    if "identical" in result:
+        line += (
+            f"; greedy text identical in {result['identical']} of {result['completions']}, "
+            f"largest gap to JAX's own choice {result['largest_gap']:.2g} (bound "
+            f"{2 * result['bound']:g})"
+        )
+    return line

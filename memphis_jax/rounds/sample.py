@@ -1,0 +1,147 @@
+"""`memphis sample`: answers by the embedded JAX sampler, in the files that the vLLM worker writes.
+
+    checkpoint folder + questions.jsonl -> OUT/blocks-0-of-1/*.jsonl -> OUT/completions.jsonl
+
+Started again with the same --out, it goes on after the last published block.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from memphis_jax.data.prompts import STOP, load_tokenizer
+from memphis_jax.progress import Progress
+from memphis_jax.rounds import blocks
+from memphis_jax.rounds.files import sha256_folder
+from memphis_jax.rounds.questions import (
+    Question,
+    encode_questions,
+    prompts_sha256,
+    read_questions,
+    row_number,
+)
+from memphis_jax.versions import versions
+
+Row = dict[str, Any]
+
+
+def sample(argv: Sequence[str]) -> None:
+    args = _arguments(argv)
+    from memphis_jax import checkpoint
+    from memphis_jax.runtime import start_jax
+
+    start_jax()
+    rows = read_questions(args.questions, args.num_questions, args.seed)
+    if not rows:
+        raise ValueError(f"{' '.join(args.questions)}: there is no question to answer")
+    tokenizer, eos_id = load_tokenizer(args.checkpoint / "tokenizer")
+    context = checkpoint.read_meta(args.checkpoint)["model"]["max_position_embeddings"]
+    questions = encode_questions(rows, tokenizer, args.max_new_tokens, context)
+    drawing = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    meta = {
+        "engine": "jax",
+        "versions": versions(),
+        "model_sha256": sha256_folder(args.checkpoint / "checkpoints"),
+        "prompts_sha256": prompts_sha256(questions),
+        "seed": args.seed,
+        "num_samples": args.num_samples,
+        "dtype": args.dtype,
+        "batch_questions": args.batch_questions,
+        **drawing,
+    }
+    folder = blocks.shard_folder(args.out, 0, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = blocks.chunks(questions, args.batch_questions)
+    left = [n for n in range(len(parts)) if not blocks.finished(folder, n, meta)]
+    if left:
+        model, _ = checkpoint.restore_model(args.checkpoint)
+        progress = Progress(sum(not q.skipped for n in left for q in parts[n]) * args.num_samples)
+        settings = {**drawing, "eos_id": eos_id, "dtype": args.dtype}
+        settings |= {"batch_size": args.batch_size, "on_progress": progress.add}
+        for number in left:
+            lines = _block(model, tokenizer, parts[number], args, settings)
+            blocks.write_block(blocks.block_path(folder, number), _placed(meta), lines)
+    count = blocks.gather(args.out, 1, [q.id for q in questions], meta)
+    print(f"{args.out / 'completions.jsonl'}: {count} completions", file=sys.stderr)
+
+
+def _block(
+    model: Any,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+) -> list[Row]:
+    """The rows of one block: completions, then what was skipped."""
+    from memphis_jax import sampler
+
+    asked = [(q, k) for q in questions if not q.skipped for k in range(args.num_samples)]
+    if not asked:
+        return [{"id": q.id, "skipped": q.skipped} for q in questions]
+    completions = sampler.sample(
+        model,
+        [question.tokens for question, _ in asked],
+        sampler.row_keys(args.seed, [(row_number(q.id), k) for q, k in asked]),
+        stops=lambda tokens: STOP in tokenizer.decode(tokens, skip_special_tokens=False),
+        **settings,
+    )
+    lines: list[Row] = []
+    for (question, number), done in zip(asked, completions, strict=True):
+        text, tokens = tokenizer.decode(done.tokens, skip_special_tokens=False), done.tokens
+        if STOP in text:  # the sampler looks between blocks of tokens: count those up to the stop
+            while STOP in tokenizer.decode(tokens[:-1], skip_special_tokens=False):
+                tokens = tokens[:-1]
+        lines.append(
+            {
+                "id": question.id,
+                "sample": number,
+                "text": text.split(STOP)[0],
+                "finish_reason": done.finish_reason,
+                "num_tokens": len(tokens),
+            }
+        )
+    return [*lines, *({"id": q.id, "skipped": q.skipped} for q in questions if q.skipped)]
+
+
+def _placed(meta: Row) -> Row:
+    import jax
+
+    devices = [str(device.device_kind) for device in jax.devices()]
+    return {**meta, "hardware": {"devices": devices}, "shard": [0, 1]}
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="memphis sample",
+        description="Sample answers to questions with JAX from a checkpoint folder. Started again "
+        "with the same --out, it goes on after the last published block.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="as `memphis train` writes")
+    add("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
+    add("--out", required=True, type=Path, help="folder for blocks and completions.jsonl")
+    add("--num-samples", type=int, default=8, help="answers per question")
+    add("--temperature", type=float, default=0.5, help="0 = greedy")
+    add("--top-p", type=float, default=0.8, help="share of probability kept")
+    add("--max-new-tokens", type=int, default=512, help="EOS included")
+    add("--num-questions", type=int, default=0, help="random share of the questions; 0 = all")
+    add("--seed", type=int, default=0, help="of the share and of the sampling")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of compute")
+    add("--batch-questions", type=int, default=64, help="questions in a published block")
+    add("--batch-size", type=int, default=64, help="sequences decoded at once")
+    args = parser.parse_args(argv)
+    for name in ("num_samples", "max_new_tokens", "batch_questions", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error(f"--temperature {args.temperature} must be >= 0, --top-p {args.top_p} in 0..1")
+    return args

@@ -1,0 +1,235 @@
+"""`memphis parity`: its logprobs against an independent computation, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sampled import save_checkpoint, small_model, write_questions
+from scipy.special import log_softmax
+
+from memphis_jax.__main__ import main
+from memphis_jax.data.prompts import encode_prompt, load_tokenizer
+from memphis_jax.model import StableLM
+from memphis_jax.rounds.files import write_jsonl
+from memphis_jax.rounds.parity import ROWS, rescore
+
+Row = dict[str, Any]
+NUMBER = ROWS + 3  # so that a second batch is needed, not full
+
+
+def all_logprobs(model: StableLM, prompt: list[int], tokens: list[int], dtype: str) -> np.ndarray:
+    """[new tokens, V] in float64, of one completion alone."""
+    logits = model.logits(jnp.asarray([[*prompt, *tokens]]), dtype=dtype)
+    return log_softmax(np.asarray(logits, np.float64)[0, len(prompt) - 1 : -1], axis=-1)
+
+
+class World:
+    """A checkpoint, its questions, and completions whose logprobs are right."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model = folder, small_model()
+        self.checkpoint = save_checkpoint(folder / "checkpoint", self.model)
+        self.questions = write_questions(folder / "q.jsonl", NUMBER)
+        tokenizer, _ = load_tokenizer(self.checkpoint / "tokenizer")
+        texts = [json.loads(line)["prompt"] for line in self.questions.read_text().splitlines()]
+        self.prompts = [encode_prompt(tokenizer, text) for text in texts]
+        rng = np.random.default_rng(0)
+        # Tokens of the printable kind; lengths from a single one up to a full row.
+        self.tokens = [rng.integers(2, 300, 1 + 5 * i % 37).tolist() for i in range(NUMBER)]
+
+    def rows(self, dtype: str = "float32") -> list[Row]:
+        rows = []
+        for i, (prompt, tokens) in enumerate(zip(self.prompts, self.tokens, strict=True)):
+            scores = all_logprobs(self.model, prompt, tokens, dtype)
+            right = scores[np.arange(len(tokens)), tokens].tolist()
+            rows.append({"id": f"q{i}", "sample": i % 4, "token_ids": tokens, "logprobs": right})
+        return rows
+
+    def write(self, rows: list[Row], temperature: float = 1.0) -> Path:
+        sampling = {"temperature": temperature}
+        meta = {"meta": {"engine": "vllm", "sampling": sampling}}
+        path = self.folder / "completions.jsonl"
+        write_jsonl(path, [meta, {"id": "q0", "sample": 9, "text": "not to be rescored"}, *rows])
+        return path
+
+    def run(
+        self,
+        rows: list[Row],
+        *options: str,
+        temperature: float = 1.0,
+        checkpoint: Path | None = None,
+    ) -> Row:
+        """What the command writes; it may end with an exit code."""
+        (self.folder / "parity.json").unlink(missing_ok=True)
+        words = ["--checkpoint", str(checkpoint or self.checkpoint)]
+        words += ["--completions", str(self.write(rows, temperature))]
+        words += ["--questions", str(self.questions)]
+        main(["parity", *words, "--out", str(self.folder / "parity.json"), *options])
+        return self.result()
+
+    def result(self) -> Row:
+        return json.loads((self.folder / "parity.json").read_text())
+
+    def refused(self, *args: Any, **options: Any) -> str:
+        with pytest.raises(SystemExit) as caught:
+            self.run(*args, **options)
+        told = caught.value.code
+        assert isinstance(told, str) and told.startswith("memphis parity: ")  # exit code 1
+        assert len(told.splitlines()) == 1
+        return told
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")  # keeps JAX's settings as they are
+
+
+def changed(rows: list[Row], at: int, **fields: Any) -> list[Row]:
+    return [{**row, **fields} if i == at else row for i, row in enumerate(rows)]
+
+
+def shifted(rows: list[Row], at: int, token: int, by: float) -> list[Row]:
+    logprobs = list(rows[at]["logprobs"])
+    logprobs[token] += by
+    return changed(rows, at, logprobs=logprobs)
+
+
+def test_rescoring_is_the_logprobs_of_each_completion_alone(world: World) -> None:
+    rows = world.rows()
+    assert len({len(row["token_ids"]) for row in rows}) > 10
+    found = rescore(world.model, world.prompts, rows, "float32")
+    assert len(found) == NUMBER > ROWS
+    for prompt, row, one in zip(world.prompts, rows, found, strict=True):
+        scores = all_logprobs(world.model, prompt, row["token_ids"], "float32")
+        chosen = scores[np.arange(len(scores)), row["token_ids"]]
+        np.testing.assert_allclose(one.ours, chosen, atol=2e-5)
+        np.testing.assert_allclose(one.best, scores.max(-1), atol=2e-5)
+        np.testing.assert_array_equal(one.theirs, np.float32(row["logprobs"]))
+
+
+def test_the_same_model_passes_and_the_result_says_what_was_compared(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = world.run(world.rows())
+    assert result["completions"] == NUMBER
+    assert result["tokens"] == sum(map(len, world.tokens))
+    assert result["mean_abs_difference"] <= result["max_abs_difference"] < 2e-5
+    assert (result["bound"], result["dtype"], result["engine"]) == (0.02, "float32", "vllm")
+    assert "identical" not in result  # these were not greedy
+    assert f"over {NUMBER} completions" in capsys.readouterr().err
+
+
+def test_the_mean_is_per_token_not_per_completion(world: World) -> None:
+    rows = shifted(world.rows(), 0, 0, -1.0)  # the completion of one token
+    assert len(rows[0]["token_ids"]) == 1
+    expected = 1 / sum(map(len, world.tokens))
+    assert world.run(rows)["mean_abs_difference"] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_planted_logprob_is_refused_and_named(world: World) -> None:
+    rows = world.rows()
+    planted = shifted(shifted(rows, 17, 3, -20.0), 5, 1, 2.0)
+    told = world.refused(planted)
+    assert "trainer and sampler are not the same model" in told
+    theirs, ours = planted[17]["logprobs"][3], rows[17]["logprobs"][3]
+    assert "worst: q17 sample 1, new token 3 '" in told
+    assert f"vllm {theirs:.4f}, JAX {ours:.4f}" in told
+    worst = world.result()["worst"]
+    assert (worst["id"], worst["sample"], worst["position"]) == ("q17", 1, 3)
+    assert worst["token_id"] == rows[17]["token_ids"][3]
+    assert worst["theirs"] == pytest.approx(theirs) and worst["ours"] == pytest.approx(
+        ours, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("by", [-0.03, 0.03])
+def test_the_bound_belongs_to_the_dtype(world: World, by: float) -> None:
+    def all_shifted(dtype: str) -> list[Row]:
+        rows = world.rows(dtype)
+        return [{**row, "logprobs": [x + by for x in row["logprobs"]]} for row in rows]
+
+    told = world.refused(all_shifted("float32"))
+    assert "mean |logprob difference| 0.03 per token (bound 0.02)" in told
+    result = world.run(all_shifted("bfloat16"), "--dtype", "bfloat16")
+    assert result["bound"] == 0.05
+    assert world.run(all_shifted("float32"), "--bound", "0.04")["bound"] == 0.04
+    assert "(bound 0.01)" in world.refused(
+        all_shifted("bfloat16"), "--dtype", "bfloat16", "--bound", "0.01"
+    )
+
+
+def test_other_weights_another_prompt_and_shifted_tokens_are_refused(
+    world: World, tmp_path: Path
+) -> None:
+    rows = world.rows()
+    other = save_checkpoint(tmp_path / "other", small_model(seed=1))
+    assert "not the same model" in world.refused(rows, checkpoint=other)
+    late = [{**row, "token_ids": [*row["token_ids"][1:], 7]} for row in rows]
+    assert "not the same model" in world.refused(late)
+    others = {f"q{i}": f"Another question {i}?" for i in range(NUMBER)}
+    before = world.questions.read_bytes()
+    try:
+        write_questions(world.questions, NUMBER, **others)
+        assert "not the same model" in world.refused(rows)
+    finally:
+        world.questions.write_bytes(before)
+
+
+def test_weights_that_give_no_number_are_refused(world: World, tmp_path: Path) -> None:
+    broken = small_model()
+    broken.norm.scale[...] = jnp.full_like(broken.norm.scale[...], jnp.nan)
+    folder = save_checkpoint(tmp_path / "broken", broken)
+    assert "cannot be compared" in world.refused(world.rows(), checkpoint=folder)
+
+
+def greedy_rows(world: World, ranks: dict[tuple[int, int], int]) -> list[Row]:
+    """Greedy completions of six tokens with right logprobs, but for the choices in `ranks`."""
+    rows = []
+    for i, prompt in enumerate(world.prompts[:4]):
+        tokens: list[int] = []
+        for position in range(6):
+            scores = all_logprobs(world.model, prompt, [*tokens, 0], "float32")[-1]
+            tokens.append(int(np.argsort(-scores)[ranks.get((i, position), 0)]))
+        scores = all_logprobs(world.model, prompt, tokens, "float32")
+        right = scores[np.arange(6), tokens].tolist()
+        rows.append({"id": f"q{i}", "sample": 0, "token_ids": tokens, "logprobs": right})
+    return rows
+
+
+def test_greedy_choices_are_compared_too(world: World) -> None:
+    result = world.run(greedy_rows(world, {}), temperature=0.0)
+    assert (result["identical"], result["largest_gap"]) == (4, 0.0)
+    other = greedy_rows(world, {(2, 3): 5})
+    told = world.refused(other, temperature=0.0)
+    assert "greedy text identical in 3 of 4" in told
+    result = world.result()
+    assert result["mean_abs_difference"] < 1e-4  # the logprobs agree: only the choice is wrong
+    scores = all_logprobs(world.model, world.prompts[2], other[2]["token_ids"], "float32")[3]
+    gap = scores.max() - other[2]["logprobs"][3]
+    assert result["largest_gap"] == pytest.approx(gap, abs=1e-4) and gap > 0.04
+    world.run(other, temperature=1.0)  # a sampled token need not be the best one
+
+
+def test_a_near_tie_is_no_difference(world: World) -> None:
+    other = greedy_rows(world, {(1, 2): 1})
+    scores = all_logprobs(world.model, world.prompts[1], other[1]["token_ids"], "float32")[2]
+    gap = scores.max() - other[1]["logprobs"][2]
+    result = world.run(other, "--bound", str(gap), temperature=0.0)
+    assert result["identical"] == 3 and result["largest_gap"] == pytest.approx(gap, abs=1e-4)
+
+
+def test_what_cannot_be_compared_is_refused(world: World) -> None:
+    rows = world.rows()
+    assert "holds no logprobs to compare: sample with --rescore" in world.refused([])
+    assert "no question has the id 'elsewhere'" in world.refused(changed(rows, 3, id="elsewhere"))
+    told = world.refused(changed(rows, 3, logprobs=[-1.0]))
+    assert f"'q3', sample 3, has {len(world.tokens[3])} token_ids and 1 logprobs" in told
+    assert not (world.folder / "parity.json").exists()
