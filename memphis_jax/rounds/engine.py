@@ -35,7 +35,7 @@ def load(
             f"--tensor-parallel-size {tensor_parallel_size} needs as many GPUs, this machine "
             f"shows {len(gpus)}"
         )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if tensor_parallel_size == 1:  # one process: what kills the worker kills all of it
