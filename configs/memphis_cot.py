@@ -74,12 +74,12 @@ def get_config() -> ConfigDict:
         "log_every": 1,  # ours
     }
     config.generate = {
-        "engine": "jax",  # the card used vLLM, which comes with the next release
+        "engine": "vllm",  # card; on a GPU host: executor.generate, docs/gpu.md
         "num_samples": 8,  # card: answers per question
         "temperature": 0.5,  # card
         "top_p": 0.8,  # card
         "max_new_tokens": 512,  # card
-        "batch_size": 256,  # ours: sequences decoded at once
+        "batch_questions": 256,  # ours: questions in a published block
     }
     config.rounds = {
         "num_rounds": 4,  # card

@@ -139,6 +139,7 @@ def _read_round(workdir: Path, number: int) -> Row:
         "label": f"round {number}",
         "stats": stats,
         "verdicts": stats.get("verdicts", stats),
+        "audit": _read_json(folder / "graded.audit.json"),
         "metrics": _read_metrics(folder / "rank" / "metrics.jsonl"),
         "tokens": [row["num_tokens"] for row in graded],
         "mean_tokens": _mean([row["num_tokens"] for row in graded]),
@@ -218,6 +219,14 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form).replace("%", " %")  # noqa: RUF001
 
 
+def _shorten(text: str, most: int) -> str:
+    """`text`, or its begin and end with how much is left out between them."""
+    if len(text) <= most:
+        return text
+    head, tail = text[: most * 2 // 3], text[-(most // 3) :]
+    return f"{head} […] {tail}\n({len(text):,} characters, {len(head) + len(tail):,} shown)"
+
+
 def _context(workdir: Path) -> Row:
     """Everything that the template names."""
     config = _read_json(workdir / "config.json")
@@ -268,7 +277,7 @@ def write_report(workdir: Path) -> Path:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     environment.filters |= {"duration": _duration, "number": _number, "shell": shlex.join}
-    environment.filters["total"] = lambda cells: sum(cells.values())
+    environment.filters |= {"shorten": _shorten, "total": lambda cells: sum(cells.values())}
     page = environment.get_template("report.html.jinja").render(_context(workdir))
     path = workdir / "report.html"
     temporary = path.with_name("report.html.tmp")

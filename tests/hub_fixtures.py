@@ -319,7 +319,10 @@ def respond(copies: dict[str, tuple[Path, str]], path: str) -> tuple[int, dict[s
         file = folder / path.removeprefix(content := f"/datasets/{repo}/resolve/{commit}/")
         if path.startswith(content) and file.is_file():
             return 200, {"ETag": f'"{file.name}"', "X-Repo-Commit": commit}, file.read_bytes()
-    return 404, {"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"}, b""
+    known = any(
+        f"/{repo}/" in path and f"/{commit}/" in path for repo, (_, commit) in copies.items()
+    )
+    return 404, {"X-Error-Code": "EntryNotFound" if known else "RevisionNotFound"}, b""
 
 
 def entry(file: Path, folder: Path) -> Row:

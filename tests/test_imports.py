@@ -29,14 +29,19 @@ CONVERT_MAY_IMPORT = {CONFIG, "memphis_jax.model", "memphis_jax.checkpoint"}
 # These run on machines without JAX: a GPU host that generates, a laptop that grades.
 JAX_FREE = {
     "memphis_jax.data.prompts",
+    "memphis_jax.rounds.answers",
+    "memphis_jax.rounds.audit",
     "memphis_jax.rounds.blocks",
+    "memphis_jax.rounds.choices",
     "memphis_jax.rounds.engine",
     "memphis_jax.rounds.files",
     "memphis_jax.rounds.generate",
     "memphis_jax.rounds.grade",
     "memphis_jax.rounds.ledger",
     "memphis_jax.rounds.pairs",
+    "memphis_jax.rounds.quantities",
     "memphis_jax.rounds.shards",
+    "memphis_jax.rounds.symbolic",
 }
 # These have their rows already and come with later issues.
 NOT_YET = {"memphis_jax.sharding"}

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from memphis_jax.report import (
+    _shorten,
     choose_pairs,
     headline,
     main,
@@ -19,6 +20,7 @@ from memphis_jax.report import (
     time_table,
     write_report,
 )
+from memphis_jax.rounds.audit import audit
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
 
@@ -111,12 +113,29 @@ def _make_round(folder: Path, number: int, rng: random.Random, pairs: int) -> No
         for i in range(800)
     ]
     _write_lines(here / "graded.jsonl", [{"meta": {"engine": "jax"}}, *graded])
+    _write(here / "graded.audit.json", _audit(number))
     mixed = 300 - 20 * number
     stats = {"questions": 500, "all_correct": 490 - mixed - 63, "mixed": mixed, "all_wrong": 63}
     verdicts = {"correct": 2000 + 100 * number, "incorrect": 1700 - 100 * number}
     stats |= {"no_valid": 10, "pairs": pairs, "duplicates": 1234}
     _write(here / "pairs.json", stats | {"verdicts": verdicts | {"invalid": 260, "unknown": 40}})
     _write_lines(here / "rank" / "metrics.jsonl", _metrics(rng, 60, 2, 3e-6, rank=True))
+
+
+def _audit(number: int) -> dict[str, Any]:
+    """What `memphis grade` writes: one source with every count, and hostile or long samples."""
+    questions = {
+        "q1": {"prompt": HOSTILE, "target": "24", "source": "sums"},
+        "q2": {"prompt": "p" * 1000, "target": "<b>", "source": ""},
+    }
+    row = {"sample": 3, "finish_reason": "stop", "rationale": "", "answer": "", "reason": ""}
+    answer = row | {"id": "q1", "text": f"{HOSTILE}\n### Answer:\n24", "answer": "24"}
+    long = row | {"id": "q2", "text": "begin" + "x" * 990 + "the end"}
+    graded = [answer | {"verdict": "correct", "rationale": str(i % 30)} for i in range(40 + number)]
+    graded += [answer | {"verdict": "unknown", "reason": "time-out"}]
+    graded += [long | {"verdict": "invalid", "reason": "no answer header"}] * 3
+    graded += [long | {"verdict": "invalid", "reason": "truncated", "finish_reason": "length"}]
+    return audit(graded, questions)
 
 
 def make_workdir(folder: Path, rounds: int = 4, pairs: int = 700) -> Path:
@@ -211,6 +230,24 @@ def test_numbers_of_each_section(page: Page) -> None:
     assert page.tags.count("svg") == 2 + 3 + 7 + 2 + 2
 
 
+def test_the_grading_audit_of_each_round(page: Page) -> None:
+    # source, answers, four verdicts, time-outs, truncated, repeats, malformed
+    assert "sums 43 42 0 0 1 1 0 12 0" in page.text  # round 2
+    assert "(none) 4 0 0 4 0 0 1 0 no answer header 3" in page.text
+    assert "20 random answers graded correct in round 4" in page.text
+    assert "1 random answer graded unknown in round 4" in page.text
+    assert "answers graded incorrect" not in page.text
+    assert "q1, sample 3, sums · time-out · answer 24 · ground truth 24" in page.text
+    assert "q2, sample 3, · no answer header · ground truth <b>" in page.text
+    assert "p […] p" in page.text and "(1,000 characters, 300 shown)" in page.text
+    assert "xxthe end (1,002 characters, 600 shown)" in page.text
+
+
+def test_shortened_texts_keep_both_ends() -> None:
+    assert _shorten("x" * 9, 9) == "x" * 9
+    assert _shorten("abcdefghij", 6) == "abcd […] ij\n(10 characters, 6 shown)"
+
+
 def test_model_output_stays_text(page: Page, finished: Path) -> None:
     assert page.tags.count("script") == 2
     assert "img" not in page.tags
@@ -230,7 +267,8 @@ def test_hostile_text_everywhere(tmp_path: Path) -> None:
     page = Page(write_report(folder))
     assert page.tags.count("script") == 2
     assert "img" not in page.tags
-    assert page.words.count(HOSTILE) == 3  # data source, setting, the note in the ledger
+    # data source, setting, the note in the ledger; the prompts of 21 audited samples
+    assert page.words.count(HOSTILE) == 3 + 21
     assert f"round1-rank: {HOSTILE}" in page.text
     pair = json.loads(page.scripts[0])[0]["pairs"][1]
     assert pair[1:3] == ["Grün & “zwölf” \u2028 ?", HOSTILE]
@@ -259,7 +297,7 @@ def test_empty_folder_names_the_gaps(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "No test accuracy has been measured yet." in page.text
     assert "This run is not finished. No stage is done yet." in page.text
-    assert page.text.count("Not there yet") == 9
+    assert page.text.count("Not there yet") == 10
     assert "svg" not in page.tags
 
 

@@ -88,7 +88,7 @@ def test_a_run_ends_with_results_report_and_a_record_of_every_stage(undisturbed:
     for stage in ("generate", "grade", "pairs", "rank", "export"):
         assert f"round2-{stage}" in records
     assert read_jsonl(undisturbed / "round2" / "pairs.jsonl")  # so the rank phase was real
-    completions = read_jsonl(undisturbed / "round1" / "completions.jsonl")
+    completions = read_jsonl(undisturbed / "round1" / "generate" / "completions.jsonl")
     assert completions[0]["meta"]["num_samples"] == 4
     assert len(completions) == 1 + 40 * 4
 
@@ -168,7 +168,7 @@ def test_gsm8k_with_the_real_tokenizer_goes_through_every_stage(
     run = tmp_path / "run"
     assert "round 1: no question has both a correct and an incorrect answer" in output
     assert not read_jsonl(run / "round1" / "pairs.jsonl")
-    assert len(read_jsonl(run / "round1" / "completions.jsonl")) == 1 + 200 * 2
+    assert len(read_jsonl(run / "round1" / "generate" / "completions.jsonl")) == 1 + 200 * 2
     note = json.loads((run / "ledger" / "round1-rank.json").read_text())["note"]
     assert "nothing to rank" in note
     assert results(run)["rounds"][0] == results(run)["sft"]

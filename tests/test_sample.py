@@ -22,8 +22,9 @@ REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")  # keeps JAX's settings as they are
+def no_compile_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keeps the settings of this process as they are."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -114,11 +114,12 @@ def test_a_byte_order_mark_is_no_part_of_a_csv_header(tmp_path: Path) -> None:
 
 
 def test_csv_rows_may_reach_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = DATA_SETS["booksum_short"]
-    write(tmp_path / data.repo, data.rows(), "csv", data.schema)
-    whole = load_all("booksum_short", tmp_path)
-    monkeypatch.setattr(sources, "CSV_BLOCK", 1 << 18)  # a row has up to 203,000 bytes
-    assert load_all("booksum_short", tmp_path) == whole
+    lines = "\n".join("abcdefgh")
+    rows = [{"prompt": f"{n}", "rationale": lines, "target": "t", "source": "s"} for n in range(99)]
+    write_file(tmp_path / "train.csv", rows, texts(*rows[0]))
+    monkeypatch.setattr(sources, "CSV_BLOCK", 100)  # a row has about 30 bytes
+    loaded = load("tinycot", MixtureEntry(path=str(tmp_path)), "", 0)
+    assert loaded.items == rows
 
 
 # --- the hub: its libraries against a server on this machine, in a process that knows no other
@@ -138,14 +139,17 @@ for name in sys.argv[1:]:
 
 def test_the_hub_gives_the_same_rows_at_the_pinned_commit(tmp_path: Path) -> None:
     pinned = RECIPES["oasst2_curated"].revision
-    names = ["booksum_short", "oasst2_curated", "tinycot"]
+    names = ["booksum_short", "oasst2_curated", "tinycot", "mathqa_programs"]
     # TinyCoT's commit is another than the recipe's.
-    commits, forms = ["b" * 40, pinned, "c" * 40], ["csv", "parquet", "parquet"]
+    commits = ["b" * 40, pinned, "c" * 40, RECIPES["mathqa_programs"].revision]
     copies = {}
-    for name, commit, form in zip(names, commits, forms, strict=True):
+    for name, commit, form in zip(names, commits, ("csv", "parquet") * 2, strict=True):
         data = DATA_SETS[name]
-        write(tmp_path / data.repo, data.rows(), form, data.schema)
         copies[data.repo] = (tmp_path / data.repo, commit)
+        if name != "mathqa_programs":
+            write(tmp_path / data.repo, data.rows(), form, data.schema)
+    digits = [{"problem": "007", "program": "12"}]  # a whole column that looks like numbers
+    write_file(tmp_path / "euclaise/mathqa_programs/train.csv", digits, texts(*digits[0]))
     with hub(copies) as (address, asked):
         out = subprocess.run(
             [sys.executable, "-c", LOAD, *names],
@@ -154,8 +158,8 @@ def test_the_hub_gives_the_same_rows_at_the_pinned_commit(tmp_path: Path) -> Non
             text=True,
             check=True,
         ).stdout
-    booksum, oasst2, refused = map(json.loads, out.splitlines())
-    for found, name in ((booksum, names[0]), (oasst2, names[1])):
+    booksum, oasst2, refused, mathqa = map(json.loads, out.splitlines())
+    for found, name in ((booksum, names[0]), (oasst2, names[1]), (mathqa, names[3])):
         assert found[:4] == json.loads(json.dumps(load_all(name, tmp_path)[:4]))
     assert booksum[4]["revision"] == "b" * 40  # none is pinned: the one that the hub has
     assert (oasst2[4]["repo"], oasst2[4]["revision"]) == ("sablo/oasst2_curated", pinned)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from helpers import tiny_model
+from test_gpu_generate import running_server, tools  # noqa: F401  (a fixture)
 
 from convert.to_hf import to_hf
 from memphis_jax import checkpoint
@@ -312,6 +313,28 @@ def test_an_unreadable_model(trained: Model, tmp_path: Path) -> None:
     told = fails([*words, "--uncertified"])
     assert told.startswith(f"generate: vLLM cannot load {broken}: ")
     assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+@pytest.mark.usefixtures("tools")
+def test_on_a_host_behind_ssh_with_a_cut(trained: Model, tmp_path: Path) -> None:
+    """launch/gpu_generate.sh, a real sshd and the real worker; the connection is cut once."""
+    out = tmp_path / "out"
+    words = command(trained, out, "--num-questions", "120", "--batch-questions", "4")
+    host = [f"127.0.0.1:{tmp_path / 'host'}", "--python", str(PYTHON), "--fetch-every", "1"]
+    script = str(REPO / "launch" / "gpu_generate.sh")
+    (tmp_path / "sshd").mkdir()
+    with running_server(tmp_path / "sshd", os.environ["PATH"]) as server:
+        process = start([script, *host, *server.options(), "--", *words])
+        deadline = time.monotonic() + 300
+        while not list(out.glob("blocks-0-of-1/block-*.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not (out / "completions.jsonl").exists(), "over before the cut: sample more"
+        assert server.cut()
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    found = rows_of(out)
+    assert len(set(found)) == len(found) == 120 * 8
+    assert read_completions(out / "completions.jsonl")[0]["engine"] == "vllm"
 
 
 def test_the_recipe_through_vllm(tmp_path: Path) -> None:

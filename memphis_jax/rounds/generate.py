@@ -141,6 +141,11 @@ class Plan:
 
 def _model_config(folder: Path) -> Row:
     path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"--model {folder} is no model folder (no config.json): `python -m convert to-hf` "
+            "makes one of a checkpoint"
+        )
     try:
         config = json.loads(path.read_text("utf-8"))
         config["max_position_embeddings"] += 0

@@ -12,7 +12,6 @@ Axis letters: B row, T position, V vocabulary.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,14 +101,15 @@ def rescore(
         len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)
     ]
     width = -(-max(lengths) // 32) * 32  # one shape for all
-    score = jax.jit(partial(_scores, dtype=dtype))
+    score = jax.jit(_scores, static_argnames="dtype")
     found = []
     for start in range(0, len(rows), ROWS):
         tokens = np.zeros((ROWS, width), np.int32)
         batch = list(zip(prompts, rows, lengths, strict=True))[start : start + ROWS]
         for at, (prompt, row, length) in enumerate(batch):
             tokens[at, :length] = [*prompt, *row["token_ids"]]
-        chosen, best = (np.asarray(array) for array in score(model, tokens))  # [B, T - 1]
+        scores = score(model, tokens, dtype=dtype)
+        chosen, best = (np.asarray(array) for array in scores)  # [B, T - 1]
         for at, (prompt, row, length) in enumerate(batch):
             new = slice(len(prompt) - 1, length - 1)
             theirs = np.array(row["logprobs"], np.float32)

@@ -311,7 +311,7 @@ class Recipe:
                 *("--out", out, "--questions", *questions),
             ),
             inputs=[completions, *questions],
-            outputs=[out],
+            outputs=[out, out.with_suffix(".audit.json")],
         )
 
     def stage(
