@@ -33,10 +33,11 @@ MODELS = {  # name: (shape, questions)
     ),
 }
 SAMPLES, NEW_TOKENS, CONTEXT = 8, 48, 256
-VLLM = {  # name: further arguments of vllm.LLM
-    "vLLM": {},
-    "vLLM eager": {"enforce_eager": True},
-    "vLLM 512 rows": {"max_num_seqs": 512},
+VLLM: dict[str, tuple[dict[str, Any], dict[str, str]]] = {  # name: (arguments of LLM, environment)
+    "vLLM": ({}, {}),
+    "vLLM, not compiled": ({"enforce_eager": True}, {}),
+    "vLLM, 512 rows at once": ({"max_num_seqs": 512}, {}),
+    "vLLM, all cores": ({}, {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}),
 }
 
 
@@ -110,7 +111,7 @@ def compare(folder: Path, dtype: str, args: argparse.Namespace) -> list[dict[str
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=REPO,
-                env={**os.environ, "PYTHONPATH": str(REPO)},
+                env={**os.environ, "PYTHONPATH": str(REPO), **VLLM.get(name, ({}, {}))[1]},
             )
             _answer(engines[name])  # ready: loaded and warm
             loading[name] = time.perf_counter() - begun
@@ -143,7 +144,7 @@ def serve(name: str, folder: str, dtype: str) -> None:
     """Of one engine: loads, warms up, then measures a pass for every line on standard input."""
     prompts = json.loads((Path(folder) / "prompts.json").read_text())
     prepare = _jax_pass if name == "JAX" else _vllm_pass
-    one_pass = prepare(Path(folder), dtype, prompts, VLLM.get(name, {}))
+    one_pass = prepare(Path(folder), dtype, prompts, VLLM.get(name, ({}, {}))[0])
     next(one_pass)
     print("BENCH 0", flush=True)
     for _ in sys.stdin:

@@ -181,7 +181,7 @@ def test_an_absent_model_and_an_absent_tokenizer(world: World) -> None:
     world.certify()
     assert f"no tokenizer.json in {world.model}" in world.refused()
     (world.model / "config.json").unlink()
-    assert f"No such file or directory: '{world.model / 'config.json'}'" in world.refused()
+    assert f"{world.model} is no model folder (no config.json)" in world.refused()
 
 
 def test_the_plan_says_all_that_decides_what_is_sampled(world: World) -> None:
@@ -290,6 +290,13 @@ def test_finished_blocks_need_no_engine(world: World) -> None:
     finish_by_hand(world, (0, 1))
     generate.main(world.words())
     assert len(read_completions(world.out / "completions.jsonl")[1]) == 20 * 8
+
+
+def test_a_shard_is_every_kth_question_and_merges_nothing(world: World) -> None:
+    options = ["--batch-questions", "4"]
+    finish_by_hand(world, (1, 2), *options)  # three blocks of ten questions
+    generate.main(world.words(*options, "--shard", "1/2"))
+    assert not (world.out / "completions.jsonl").exists()
 
 
 def test_text_ends_before_eos_and_before_the_stop_text(world: World) -> None:

@@ -151,7 +151,10 @@ def test_the_mean_is_per_token_not_per_completion(world: World) -> None:
 
 def test_a_planted_logprob_is_refused_and_named(world: World) -> None:
     rows = world.rows()
-    planted = shifted(shifted(rows, 17, 3, -20.0), 5, 1, 2.0)
+    # One token of a long completion; every token of another is off too, but less.
+    planted = shifted(rows, 17, 3, -20.0)
+    planted = changed(planted, 3, logprobs=[x - 2.0 for x in rows[3]["logprobs"]])
+    assert 20.0 / len(rows[17]["token_ids"]) < 2.0
     told = world.refused(planted)
     assert "trainer and sampler are not the same model" in told
     theirs, ours = planted[17]["logprobs"][3], rows[17]["logprobs"][3]

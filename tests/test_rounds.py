@@ -1,5 +1,6 @@
 """The whole recipe, run for real: `memphis rounds` on small models, killed and carried on."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from memphis_jax import config as configs
 from memphis_jax.rounds import commands
 from memphis_jax.rounds.files import read_jsonl, write_jsonl
+from memphis_jax.rounds.run import _claim as claim
 
 REPO = Path(__file__).parents[1]
 MEMPHIS = [sys.executable, "-m", "memphis_jax"]
@@ -172,6 +175,15 @@ def test_gsm8k_with_the_real_tokenizer_goes_through_every_stage(
     note = json.loads((run / "ledger" / "round1-rank.json").read_text())["note"]
     assert "nothing to rank" in note
     assert results(run)["rounds"][0] == results(run)["sft"]
+
+
+def test_a_config_is_the_same_when_it_comes_back_from_its_file(tmp_path: Path) -> None:
+    """Tuples too: else no stopped run could go on."""
+    config = configs.load(str(REPO / "configs" / "tiny.py"))
+    claim(tmp_path, config)
+    claim(tmp_path, config)
+    with pytest.raises(configs.ConfigError, match="seed: 0 -> 5"):
+        claim(tmp_path, dataclasses.replace(config, seed=5))
 
 
 def graded_file(path: Path, rows: list[dict[str, Any]]) -> Path:

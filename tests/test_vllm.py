@@ -93,15 +93,14 @@ def command(model: Model, out: Path, *options: str, questions: str = "test") -> 
     return [str(PYTHON), "-m", "memphis_jax.rounds.generate", *words, *options]
 
 
-def start(words: list[str], **options: Any) -> subprocess.Popen[str]:
+def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **variables},
         cwd=REPO,
-        **options,
     )
 
 
@@ -213,7 +212,13 @@ def test_shards_merge_to_the_unsharded_run(
     trained: Model, untrained: Model, tmp_path: Path
 ) -> None:
     options = ["--num-questions", "41", "--num-samples", "2", "--temperature", "1"]
-    both = [start(command(trained, tmp_path, *options, "--shard", f"{i}/2")) for i in range(2)]
+    both = [
+        start(
+            command(trained, tmp_path, *options, "--shard", f"{i}/2"),
+            VLLM_CPU_OMP_THREADS_BIND=core,
+        )
+        for i, core in enumerate(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    ]
     for process in both:
         output, _ = process.communicate()
         assert process.returncode == 0, output
@@ -262,10 +267,11 @@ def test_members_that_vllm_does_not_know(option: str, trained: Model, tmp_path: 
 
 
 def test_the_gate_sees_another_model(trained: Model, tmp_path: Path) -> None:
-    """A folder whose config lost one flag samples well-formed nonsense; the trainer says so."""
-    model = random_model(tmp_path, trained, use_parallel_residual=True)
+    """A folder whose config has another rotary base samples without a complaint."""
+    model = random_model(tmp_path, trained)
     config = json.loads((model.hf / "config.json").read_text())
-    (model.hf / "config.json").write_text(json.dumps({**config, "use_parallel_residual": False}))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
+    (model.hf / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
     options = ["--num-questions", "8", "--num-samples", "1", "--temperature", "1"]
     assert "config.json is not what was certified" in fails(command(model, out, *options))

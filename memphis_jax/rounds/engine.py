@@ -6,6 +6,7 @@ done, so that no GPU waits for the longest answer of a block. No jax.
 
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def load(
         # A prompt cut in two rewinds its random generator, which torch's CPU generators cannot do
         # (vllm 0.32.0). Uncut, all prompts of a step must fit into its tokens.
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 4096)}
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         from vllm import LLM
 
@@ -59,6 +61,7 @@ def load(
             tensor_parallel_size=tensor_parallel_size,
             generation_config="vllm",  # adopts nothing from generation_config.json
             load_format="safetensors",
+            use_tqdm_on_load=False,
             trust_remote_code=False,
             seed=0,
             disable_log_stats=True,

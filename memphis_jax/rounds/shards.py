@@ -16,8 +16,9 @@ WORKER = (sys.executable, "-m", "memphis_jax.rounds.generate")
 def run_shards(argv: Sequence[str], count: int, gpus_each: int) -> None:
     """Runs the worker `count` times with --shard I/COUNT, at once, lines marked with the shard.
 
-    On a GPU host each process sees `gpus_each` GPUs that no other sees. One that fails does not
-    stop the others. Raises ValueError before the start where the GPUs do not suffice, and
+    On a GPU host each process sees `gpus_each` GPUs that no other sees; on a CPU it is bound to
+    its share of the cores, where vLLM would bind all to the same. One that fails does not stop the
+    others. Raises ValueError before the start where the GPUs do not suffice, and
     RuntimeError at the end, naming the failed ones and their last lines.
     """
     command = [*WORKER, *_without(argv, "--data-parallel")]
@@ -28,22 +29,23 @@ def run_shards(argv: Sequence[str], count: int, gpus_each: int) -> None:
             f"{count * gpus_each} GPUs, this machine shows {len(gpus)}"
         )
     processes, threads, last = [], [], [""] * count
-    for index in range(count):
-        mine = gpus[index * gpus_each : (index + 1) * gpus_each]
-        process = subprocess.Popen(
-            [*command, "--shard", f"{index}/{count}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})},
-            preexec_fn=DIE_WITH_PARENT,
-        )
-        assert process.stdout is not None
-        thread = threading.Thread(target=_relay, args=(process.stdout, index, last))
-        thread.start()
-        processes.append(process)
-        threads.append(thread)
     try:
+        for index in range(count):
+            mine = gpus[index * gpus_each : (index + 1) * gpus_each]
+            place = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else _cores(index, count)
+            process = subprocess.Popen(
+                [*command, "--shard", f"{index}/{count}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **place},
+                preexec_fn=DIE_WITH_PARENT,
+            )
+            processes.append(process)
+            assert process.stdout is not None
+            thread = threading.Thread(target=_relay, args=(process.stdout, index, last))
+            thread.start()
+            threads.append(thread)
         codes = [process.wait() for process in processes]
     finally:  # interrupted: the threads end when the processes have
         for process in processes:
@@ -66,6 +68,16 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _cores(index: int, count: int) -> dict[str, str]:
+    """The cores of one of `count` processes, in vLLM's variable; nothing where they do not go."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < count or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return {}
+    share = len(cores) // count
+    mine = cores[index * share : (index + 1) * share]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, mine))}
 
 
 def _relay(stream: BinaryIO, index: int, last: list[str]) -> None:
