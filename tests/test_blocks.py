@@ -52,6 +52,23 @@ def test_a_block_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.tmp")) == []
 
 
+def test_what_is_left_of_a_shard(tmp_path: Path) -> None:
+    write(tmp_path, both("a"), number=0)
+    cut = write(tmp_path, both("b"), number=2)
+    cut.write_bytes(cut.read_bytes()[:-9])
+    folder, left = blocks.open_shard(tmp_path, 0, 1, 4, META, replace=True)
+    assert folder == tmp_path / "blocks-0-of-1" and left == [1, 2, 3]
+
+
+def test_a_shard_of_other_weights_is_refused_or_replaced(tmp_path: Path) -> None:
+    other = write(tmp_path, both("a"), model={**META["model"], "model.safetensors": "dd"})
+    with pytest.raises(blocks.SampledOtherwise, match=r"model\.safetensors"):
+        blocks.open_shard(tmp_path, 0, 1, 1, META, replace=False)
+    assert other.is_file()
+    folder, left = blocks.open_shard(tmp_path, 0, 1, 1, META, replace=True)
+    assert left == [0] and list(folder.iterdir()) == []
+
+
 def test_every_cut_and_every_changed_byte_is_damage(tmp_path: Path) -> None:
     path = write(tmp_path, both("a"))
     whole = path.read_bytes()

@@ -266,6 +266,14 @@ def test_rows_that_hold_an_evaluation_question_are_counted(
     assert (rows[3]["prompt"] in trained) == (contamination == "keep")
 
 
+def test_a_set_that_was_not_compared_leaves_a_trace(world: Path) -> None:
+    """A missing evaluation file stops nothing, but the manifest says so."""
+    missing = str(world / "nowhere.jsonl")
+    manifest = manifest_of(built(world, "guarded", evaluation=(missing,)))
+    assert len(manifest["warnings"]) == 1 and missing in manifest["warnings"][0]
+    assert manifest_of(built(world, "free"))["warnings"] == []
+
+
 def test_a_finished_folder_stays_and_one_of_other_inputs_is_refused(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

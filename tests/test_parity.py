@@ -60,7 +60,7 @@ class World:
 
     def write(self, rows: list[Row], temperature: float = 1.0) -> Path:
         sampling = {"temperature": temperature}
-        meta = {"meta": {"engine": "vllm", "sampling": sampling}}
+        meta = {"meta": {"engine": "vllm", "sampling": sampling, "dtype": "float32"}}
         path = self.folder / "completions.jsonl"
         write_jsonl(path, [meta, {"id": "q0", "sample": 9, "text": "not to be rescored"}, *rows])
         return path

@@ -174,14 +174,15 @@ def write_manifest(
     records: Mapping[str, dict[str, Any]],
     *,
     inputs: Mapping[str, Any],
+    warnings: Sequence[str],
     seed: int,
     seq_len: int,
     epochs: int,
 ) -> dict[str, Any]:
     """Writes FOLDER/manifest.json, last: totals, packing and the hash of every file there is.
 
-    `inputs` is what makes this build what it is. The packing told is that of training with this
-    seed: per epoch the rows, and the share of their slots that hold a token.
+    `inputs` is what makes this build what it is, `warnings` what could not be done. The packing is
+    that of training with this seed: per epoch the rows, and the share of their slots with a token.
     """
     shards = [folder / name for record in records.values() for name in record["shards"]]
     slots = (ArrowExamples(shards).lengths - 1).tolist()
@@ -193,6 +194,7 @@ def write_manifest(
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "inputs": inputs,
+        "warnings": list(warnings),
         "versions": versions(("tokenizers", "pyarrow")),
         "data_sets": records,
         "totals": {name: sum(record[name] for record in records.values()) for name in names},

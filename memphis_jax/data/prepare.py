@@ -98,7 +98,7 @@ def _build(config: configs.RunConfig, building: Path, out: Path) -> bool:
             building / f"{split}.jsonl",
             ({field: row[field] for field in ("id", *FIELDS)} for row in rows),
         )
-    build.write_manifest(building, records, inputs=inputs, **sizes)
+    build.write_manifest(building, records, inputs=inputs, warnings=warnings, **sizes)
     return False
 
 

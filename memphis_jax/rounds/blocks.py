@@ -10,6 +10,8 @@ one OUT must agree in everything of `meta` that decides what was sampled.
 
 import hashlib
 import json
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,10 @@ OF_THE_PLACE = ("hardware", "shard")  # in `meta`, but free to differ between bl
 
 class DamagedBlock(ValueError):
     """A block file that is cut off or altered; it must be sampled again."""
+
+
+class SampledOtherwise(ValueError):
+    """A block of other weights, questions or settings."""
 
 
 def shard_folder(out: Path, index: int, count: int) -> Path:
@@ -58,10 +64,34 @@ def read_block(path: Path) -> tuple[Row, list[Row]]:
     return first["meta"], rows
 
 
+def open_shard(
+    out: Path, index: int, count: int, num_blocks: int, meta: Mapping[str, Any], *, replace: bool
+) -> tuple[Path, list[int]]:
+    """(folder of a shard, numbers of the blocks that it lacks); the folder is made.
+
+    Where a block was sampled otherwise, all of the shard go if `replace`, else SampledOtherwise.
+    """
+    folder = shard_folder(out, index, count)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        left = [number for number in range(num_blocks) if not finished(folder, number, meta)]
+    except SampledOtherwise as error:
+        if not replace:
+            raise
+        print(f"sampling all again: {error}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        left = list(range(num_blocks))
+    if len(left) < num_blocks:
+        told = f"{num_blocks - len(left)} of {num_blocks} blocks are there already"
+        print(told, file=sys.stderr, flush=True)
+    return folder, left
+
+
 def finished(folder: Path, number: int, meta: Mapping[str, Any]) -> bool:
     """Whether block `number` is there, whole, and sampled like `meta` says.
 
-    A damaged one is not. Raises ValueError naming what differs where it was sampled otherwise.
+    A damaged one is not. Raises SampledOtherwise naming what differs.
     """
     path = block_path(folder, number)
     if not path.is_file():
@@ -76,7 +106,7 @@ def finished(folder: Path, number: int, meta: Mapping[str, Any]) -> bool:
 
 
 def check_same(found: Mapping[str, Any], meta: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError, naming the fields, where two metas mean different sampling."""
+    """Raises SampledOtherwise, naming the fields, where two metas mean different sampling."""
     fields = sorted((found.keys() | meta.keys()) - set(OF_THE_PLACE))
     differing = [
         f"{name}: {' -> '.join(_apart(found.get(name), meta.get(name)))}"
@@ -84,7 +114,7 @@ def check_same(found: Mapping[str, Any], meta: Mapping[str, Any], path: Path) ->
         if found.get(name) != meta.get(name)
     ]
     if differing:
-        raise ValueError(
+        raise SampledOtherwise(
             f"{path} was sampled otherwise (found -> wanted: {'; '.join(differing)}): use another "
             "--out, or delete that folder"
         )

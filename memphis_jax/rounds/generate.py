@@ -78,6 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     places.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/K", help=one)
     places.add_argument("--data-parallel", type=int, default=1, help="processes, one shard each")
     places.add_argument("--gather", type=int, default=0, metavar="K", help="only merge K shards")
+    add("--replace", action="store_true", help="delete what --out has of other weights or settings")
     add("--uncertified", action="store_true", help="take a folder without a valid certificate")
     args = parser.parse_args(argv)
     sizes = ("num_samples", "max_new_tokens", "batch_questions", "tensor_parallel_size")
@@ -164,11 +165,9 @@ def work(args: argparse.Namespace, plan: Plan) -> None:
     """Samples what one shard still lacks."""
     index, count = args.shard
     mine = blocks.chunks(plan.questions[index::count], args.batch_questions)
-    folder = blocks.shard_folder(args.out, index, count)
-    folder.mkdir(parents=True, exist_ok=True)
-    left = [n for n in range(len(mine)) if not blocks.finished(folder, n, plan.meta)]
-    if len(left) < len(mine):
-        print(f"{len(mine) - len(left)} of {len(mine)} blocks are there already", file=sys.stderr)
+    folder, left = blocks.open_shard(
+        args.out, index, count, len(mine), plan.meta, replace=args.replace
+    )
     if not left:
         return
     from memphis_jax.rounds import engine  # here, because it loads vLLM

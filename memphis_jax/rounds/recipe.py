@@ -209,7 +209,8 @@ class Recipe:
             name,
             (
                 *(*worker, "--questions", *questions, "--out", out),
-                *(word for pair in options.items() for word in pair),
+                # What an earlier run with other inputs left is of no use: the ledger has decided.
+                *(*(word for pair in options.items() for word in pair), "--replace"),
             ),
             inputs=[*inputs, *questions],
             outputs=[out / "completions.jsonl"],

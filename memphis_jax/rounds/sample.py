@@ -57,10 +57,8 @@ def sample(argv: Sequence[str]) -> None:
         "batch_questions": args.batch_questions,
         **drawing,
     }
-    folder = blocks.shard_folder(args.out, 0, 1)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = blocks.chunks(questions, args.batch_questions)
-    left = [n for n in range(len(parts)) if not blocks.finished(folder, n, meta)]
+    folder, left = blocks.open_shard(args.out, 0, 1, len(parts), meta, replace=args.replace)
     if left:
         model, _ = checkpoint.restore_model(args.checkpoint)
         progress = Progress(sum(not q.skipped for n in left for q in parts[n]) * args.num_samples)
@@ -137,6 +135,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the share and of the sampling")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of compute")
     add("--batch-questions", type=int, default=64, help="questions in a published block")
+    add("--replace", action="store_true", help="delete what --out has of other weights or settings")
     add("--batch-size", type=int, default=64, help="sequences decoded at once")
     args = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens", "batch_questions", "batch_size"):
