@@ -19,7 +19,7 @@ from memphis_jax.rounds.files import write_jsonl
 from memphis_jax.rounds.parity import ROWS, rescore
 
 Row = dict[str, Any]
-NUMBER = ROWS + 3  # so that a second batch is needed, not full
+NUMBER = 4 * ROWS + 3  # several batches, the last not full
 
 
 LENGTHS = (29, 45, 70)  # of prompt and completion: few, because each is compiled
