@@ -29,3 +29,8 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the folder {folder}, which is not part of the repository")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM's tests keep to one worker and take long: started last, the other one would wait."""
+    items.sort(key=lambda item: "vllm" not in item.keywords)
