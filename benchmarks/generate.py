@@ -36,7 +36,6 @@ SAMPLES, NEW_TOKENS, CONTEXT = 8, 48, 256
 VLLM: dict[str, tuple[dict[str, Any], dict[str, str]]] = {  # name: (arguments of LLM, environment)
     "vLLM": ({}, {}),
     "vLLM, not compiled": ({"enforce_eager": True}, {}),
-    "vLLM, 512 rows at once": ({"max_num_seqs": 512}, {}),
     "vLLM, all cores": ({}, {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}),
 }
 

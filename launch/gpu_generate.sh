@@ -138,7 +138,8 @@ name_inputs() {
   (cd "$here/.." && find memphis_jax -name '*.py' -print0 | tar --null -T - -cf -) |
     tar -xf - -C "$tmp/code"
   cp "$here/gpu_remote.sh" "$tmp/code"
-  if [[ -f $model/conversion.json ]]; then
+  # Without its certificate only the files say what a model is.
+  if [[ -f $model/conversion.json && " ${words[*]} " != *" --uncertified "* ]]; then
     names=("models/$(digest 64 <"$model/conversion.json")")
   else
     names=("models/$(digest_folder "$model" 64)")

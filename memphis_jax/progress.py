@@ -1,7 +1,9 @@
-"""A line of progress for long sampling: live on a terminal, a line per tenth elsewhere. No jax."""
+"""A line of progress for long work: live on a terminal, in a log now and then. No jax."""
 
 import sys
 import time
+
+PAUSE = 30.0  # seconds after which a log hears of it, tenth or not
 
 
 class Progress:
@@ -10,15 +12,17 @@ class Progress:
     def __init__(self, total: int, label: str = "sampled"):
         self._total, self._label = total, label
         self._rows, self._tokens, self._shown = 0, 0, 0
-        self._start = time.perf_counter()
+        self._start = self._said = time.perf_counter()
 
     def add(self, rows: int, tokens: int) -> None:
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
         terminal, ended = sys.stderr.isatty(), self._rows >= self._total
-        if not (terminal or ended) and self._rows - self._shown < self._total / 10:
+        now = time.perf_counter()
+        due = self._rows - self._shown >= self._total / 10 or now - self._said >= PAUSE
+        if not (terminal or ended or due):
             return
-        self._shown = self._rows
-        seconds = time.perf_counter() - self._start
+        self._shown, self._said = self._rows, now
+        seconds = now - self._start
         left = seconds * (self._total / max(self._rows, 1) - 1)
         line = f"{self._label} {self._rows}/{self._total}  {self._tokens / seconds:.0f} tokens/s"
         end = "\r" if terminal and not ended else "\n"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,10 @@ def test_a_prefix_says_where_a_stage_runs(tmp_path: Path) -> None:
     stage = Stage("copy", command, (source,), (target,), prefix=("env", "WHERE=there"))
     Ledger(tmp_path, "config").run(stage)
     record = Ledger(tmp_path, "config").read("copy")
-    assert record is not None and record["command"] == ["env", "WHERE=there", *command]
+    assert record is not None and record["command"] == [*command]
+    assert record["prefix"] == ["env", "WHERE=there"]
+    elsewhere = replace(stage, prefix=("env", "WHERE=here"), suffix=("--verbose",))
+    assert not Ledger(tmp_path, "config").run(elsewhere)  # what was made there is made
 
 
 def test_only_one_run_uses_a_workdir(tmp_path: Path) -> None:

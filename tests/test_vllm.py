@@ -285,8 +285,12 @@ def test_the_gate_sees_another_model(trained: Model, tmp_path: Path) -> None:
 
 def test_bfloat16_is_within_its_bound(trained: Model, tmp_path: Path) -> None:
     run_ok(command(trained, tmp_path, "--dtype", "bfloat16", "--num-questions", "32"))
-    found = parity(trained, tmp_path, "--dtype", "bfloat16")
+    found = parity(trained, tmp_path)  # the gate takes the sampler's dtype
+    assert found["dtype"] == "bfloat16"
     assert 1e-4 < found["mean_abs_difference"] < found["bound"] == 0.05
+    greedy = ["--dtype", "bfloat16", "--num-questions", "32", "--temperature", "0"]
+    run_ok(command(trained, tmp_path / "greedy", *greedy, "--num-samples", "1", "--rescore", "32"))
+    assert parity(trained, tmp_path / "greedy")["share_apart"] < 0.01
 
 
 def test_a_full_disk_publishes_nothing_half(trained: Model, tmp_path: Path) -> None:

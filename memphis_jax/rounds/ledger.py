@@ -35,7 +35,9 @@ class Stage:
     command: tuple[str, ...]
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
-    prefix: tuple[str, ...] = ()  # where it runs: words put before the command
+    # Where and how it runs: words put around the command, which no record is compared with.
+    prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
 
 
 class Ledger:
@@ -53,9 +55,10 @@ class Ledger:
             return False
         started, clock = datetime.now(UTC), time.perf_counter()
         log = self.workdir / "logs" / f"{stage.name}.log"
-        exit_code = _run_process([*stage.prefix, *stage.command], log)
-        command, seconds = (*stage.prefix, *stage.command), time.perf_counter() - clock
-        record = self._record(stage.name, command, exit_code, started, seconds, inputs)
+        exit_code = _run_process([*stage.prefix, *stage.command, *stage.suffix], log)
+        seconds = time.perf_counter() - clock
+        record = self._record(stage.name, stage.command, exit_code, started, seconds, inputs)
+        record |= {"prefix": list(stage.prefix), "suffix": list(stage.suffix)}
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if exit_code == 0 and not missing:
             record["outputs"] = {self._relative(path): _hash(path) for path in stage.outputs}
@@ -85,7 +88,7 @@ class Ledger:
         record = self.read(stage.name)
         if record is None or record["exit_code"] != 0 or record["inputs"] != inputs:
             return False
-        if record["command"] != [*stage.prefix, *stage.command]:
+        if record["command"] != list(stage.command):
             return False
         if set(record["outputs"]) != {self._relative(path) for path in stage.outputs}:
             return False

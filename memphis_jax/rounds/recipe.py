@@ -165,7 +165,10 @@ class Recipe:
     def export(self, name: str, folder: Path) -> None:
         out = self.workdir / name / "hf"
         inputs = [folder / "checkpoints", folder / "tokenizer"]
-        self.stage(f"{name}-export", (*CONVERT, "to-hf", folder, out), inputs, [out])
+        # vLLM rounds to the dtype of compute anyway; rounded here, half the bytes travel.
+        dtype = self.config.compute.dtype if self.config.generate.engine == "vllm" else "keep"
+        command = (*CONVERT, "to-hf", folder, out, "--dtype", dtype)
+        self.stage(f"{name}-export", command, inputs, [out])
         self.exported[folder] = out
 
     def sample(
@@ -193,17 +196,19 @@ class Recipe:
             "--dtype": self.config.compute.dtype,
             "--batch-questions": generate.batch_questions,
         }
+        prefix, suffix = self.config.executor.generate, tuple[Any, ...]()
         worker: tuple[Any, ...]
         if generate.engine == "jax":
             worker = (*MEMPHIS, "sample", "--checkpoint", checkpoint)
             inputs = [checkpoint / "checkpoints", checkpoint / "tokenizer"]
             options["--batch-size"] = generate.batch_size
         else:
-            folder = self.exported[checkpoint]
-            worker = (generate.python, "-m", "memphis_jax.rounds.generate", "--model", folder)
-            inputs = [folder]
-            options["--tensor-parallel-size"] = generate.tensor_parallel_size
-            options["--data-parallel"] = generate.data_parallel
+            # The interpreter and the number of GPUs may change while a run goes on.
+            prefix = f"{prefix} {shlex.quote(generate.python)}"
+            suffix = ("--tensor-parallel-size", generate.tensor_parallel_size)
+            suffix += ("--data-parallel", generate.data_parallel)
+            worker = ("-m", "memphis_jax.rounds.generate", "--model", self.exported[checkpoint])
+            inputs = [self.exported[checkpoint]]
             options["--rescore"] = rescore
         self.stage(
             name,
@@ -214,7 +219,8 @@ class Recipe:
             ),
             inputs=[*inputs, *questions],
             outputs=[out / "completions.jsonl"],
-            prefix=self.config.executor.generate,
+            prefix=prefix,
+            suffix=suffix,
         )
         return out / "completions.jsonl"
 
@@ -272,6 +278,7 @@ class Recipe:
         inputs: list[Path],
         outputs: list[Path],
         prefix: str = "",
+        suffix: tuple[Any, ...] = (),
     ) -> None:
         print(f"[{name}]", flush=True)
         stage = Stage(
@@ -280,6 +287,7 @@ class Recipe:
             tuple(inputs),
             tuple(outputs),
             tuple(shlex.split(prefix)),
+            tuple(str(word) for word in suffix),
         )
         if not self.ledger.run(stage):
             print("    done before", flush=True)
