@@ -109,6 +109,7 @@ def measure(work: Path) -> dict[str, Any]:
 def _load(built: Path) -> tuple[float, list[int]]:
     """(seconds for an epoch of batches, the real tokens in each)."""
     examples, manifest = open_built(built)
+    slots = (examples.lengths - 1).tolist()  # as training does: no example is read for it
     filled: list[int] = []
 
     def run() -> None:
@@ -118,6 +119,7 @@ def _load(built: Path) -> tuple[float, list[int]]:
             batch_size=BATCH_SIZE,
             epochs=1,
             seed=manifest["inputs"]["seed"],
+            slots=slots,
         )
         filled[:] = [int((batch["segment_ids"] > 0).sum()) for batch in loader]
 

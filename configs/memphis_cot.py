@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
         },
         "num_validation": 300,  # ours: questions of TinyCoT that are not trained on
         "num_test": 300,  # ours
+        # Training rows are compared with evaluation sets only where these are named (docs/data.md):
+        # "evaluation": ("eval/gsm8k/test.jsonl", "eval/bbh"),  # ours: off without it
     }
     config.sft = {
         "epochs": 2,  # card

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -200,8 +201,62 @@ def test_the_same_inputs_give_the_same_bytes_also_in_two_processes(
     once = contents(built(world))
     assert once == contents(built(world, "again"))
     monkeypatch.setattr(build, "ITEMS_PER_PROCESS", 90)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(build, "_cores", lambda: 2)
     assert once == contents(built(world, "parallel"))
+
+
+def item(number: int) -> dict[str, str]:
+    return cot_row(np.random.default_rng(number), number)
+
+
+def test_a_killed_tokenising_process_ends_the_build_with_one_line(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does when memory runs out. It must not wait for the lost chunk for ever."""
+    monkeypatch.setattr(build, "_cores", lambda: 2)
+    with (
+        pytest.raises(RuntimeError, match="one of 2 tokenising processes was killed") as error,
+        build._encoder(world / "tokenizer", SEQ_LEN, 10**6) as encode,
+    ):
+        found = iter(encode([item(number)] * 500 for number in range(400)))
+        assert len(next(iter(found))) == 500
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        workers[0].kill()
+        for _ in found:
+            pass
+    assert "\n" not in str(error.value)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+_PARENT = """
+import multiprocessing, sys, time
+from pathlib import Path
+from memphis_jax.data import build
+if __name__ == "__main__":
+    build._cores = lambda: 2
+    rows = [[dict(prompt="a", rationale="b", target="c")]] * 8
+    with build._encoder(Path(sys.argv[1]), 96, 10**6) as encode:
+        list(encode(rows))
+        print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_tokenising_processes_end_with_a_build_that_is_killed(world: Path) -> None:
+    (world / "parent.py").write_text(_PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, str(world / "parent.py"), str(world / "tokenizer")],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert workers
+    parent.kill()
+    # Every worker holds this pipe open until it ends.
+    parent.communicate(timeout=60)
 
 
 def test_shards_are_cut_at_their_size_and_read_as_one(
@@ -292,6 +347,30 @@ def test_a_finished_folder_stays_and_one_of_other_inputs_is_refused(
         built(world)
     assert contents(out) == before
     assert not list(world.glob(".*"))
+
+
+def test_another_number_of_epochs_is_no_other_folder_but_another_format_is(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = built(world)
+    words = command(world)
+    before = contents(out)
+    capsys.readouterr()
+    data([*words, "--config.sft.epochs=1"])
+    assert "nothing to do" in capsys.readouterr().out
+    monkeypatch.setattr(build, "FORMAT", build.FORMAT + 1)
+    with pytest.raises(ValueError, match=r"other inputs.* format: 1 -> 2"):
+        data(words)
+    assert contents(out) == before
+
+
+def test_the_guard_is_switched_on_from_the_command_line(world: Path) -> None:
+    """As docs/data.md has it, over a config that does not name `evaluation`."""
+    row = read_jsonl(world / "cot.jsonl")[3]
+    write_jsonl(world / "test.jsonl", [{"question": row["prompt"]}])
+    data([*command(world), f"--config.data.evaluation=('{world / 'test.jsonl'}',)"])
+    record = manifest_of(world / "data")["data_sets"]["mine"]
+    assert record["contaminated"] == {"exact": 1}
 
 
 def test_a_damaged_folder_is_built_again_and_a_foreign_one_is_left_alone(world: Path) -> None:

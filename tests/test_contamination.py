@@ -277,6 +277,14 @@ def test_what_was_not_compared_is_a_warning_that_names_it(
     assert read_evaluation([]) == ([], [])
 
 
+def test_a_data_set_that_is_a_script_is_a_warning_and_never_run(tmp_path: Path) -> None:
+    write(tmp_path / "scripted/scripted.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    texts, [warning] = read_evaluation([str(tmp_path / "scripted")])
+    assert texts == [] and "scripts are no longer supported" in warning
+    assert warning.endswith("; nothing was compared with it")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

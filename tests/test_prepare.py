@@ -1,5 +1,6 @@
 """What `memphis data` reads: checked before anything is written, with ids that stay apart."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from memphis_jax.config import DataConfig
 from memphis_jax.data import procedural
+from memphis_jax.data.examples import read_manifest
 from memphis_jax.data.prepare import data, hold_out, read_rows
 from memphis_jax.rounds.files import read_jsonl, write_jsonl
 
@@ -78,9 +80,49 @@ def test_a_bad_row_is_named_and_nothing_is_published(
 
 
 def test_a_held_out_question_among_the_training_ones_is_refused(tmp_path: Path) -> None:
-    settings = files(tmp_path, train=[row("one"), row("two")], test=[row(" two ")])
-    with pytest.raises(ValueError, match=r"1 of its questions are also in .* first is 'two'"):
+    """Also in another case and with other blanks: what `hold_out` counts as one question."""
+    for twin in (" two\nbells ", "TWO  bells"):
+        settings = files(tmp_path, train=[row("one"), row("two bells")], test=[row(twin)])
+        with pytest.raises(ValueError, match=r"(?i)1 of its questions are also in .* is 'two"):
+            read_rows(DataConfig(**settings))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row("  "), "line 2: empty prompt"),
+        (row("x", target="\n"), "line 2: empty target"),
+        (row("x", rationale="\ud83d"), "line 2: rationale is not valid Unicode"),
+    ],
+)
+def test_a_held_out_row_that_no_round_could_use_is_named_at_once(
+    tmp_path: Path, split: str, bad: dict[str, Any], message: str
+) -> None:
+    settings = files(tmp_path)
+    lines = [row(f"one of {split}"), bad]
+    Path(settings[split]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=f"{split}-source.jsonl, {message}"):
         read_rows(DataConfig(**settings))
+    Path(settings[split]).write_text("")
+    with pytest.raises(ValueError, match=f"{split}-source.jsonl has no rows"):
+        read_rows(DataConfig(**settings))
+
+
+def test_text_is_cleaned_and_half_a_surrogate_pair_drops_a_training_row(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    settings = files(tmp_path)
+    lines = [row("one\r\ntwo\rthree ", rationale="\tBecause.\r\n"), row("x \ud83d"), row("four")]
+    Path(settings["train"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = build(tmp_path, **settings, tokenizer=str(tokenizer))
+    assert read_jsonl(out / "train.jsonl") == [
+        {"id": "train-000001", **row("one\ntwo\nthree")},
+        {"id": "train-000003", **row("four")},
+    ]
+    record = read_manifest(out)["data_sets"]["jsonl"]
+    assert record["rows_dropped"] == {"prompt is not valid Unicode": 1}
+    assert (record["rows_in"], record["items"], record["examples"]) == (3, 2, 2)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

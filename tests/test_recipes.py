@@ -245,6 +245,14 @@ def test_scores_may_be_numbers_too(tmp_path: Path, score: Any) -> None:
 # --- which rows are taken
 
 
+def test_a_number_that_no_float_holds_is_counted_and_not_a_crash(tmp_path: Path) -> None:
+    row = {"parent_title": "t", "parent_body": "q", "body": "a", "score": 12}
+    lines = [json.dumps(row), json.dumps({**row, "score": 10**400})]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    loaded = load("mathoverflow_accepted", MixtureEntry(path=str(tmp_path)), "", 0)
+    assert (len(loaded.items), loaded.dropped) == (1, {"score is not a number": 1})
+
+
 def questions(loaded: Loaded) -> list[str]:
     return [item["messages"][0]["content"] for item in loaded.items]
 

@@ -368,4 +368,4 @@ def test_the_recipe_through_vllm(tmp_path: Path) -> None:
     meta, rows = read_completions(tmp_path / "run" / "round1" / "generate" / "completions.jsonl")
     assert len(rows) == 40 * 8 and meta["certified"] is True
     again = run_ok(words)
-    assert again.count("done before") == output.count("\n[")
+    assert again.count("    done before\n") == f"\n{output}".count("\n[")

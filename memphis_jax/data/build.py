@@ -8,11 +8,14 @@ function of the data sets, the tokenizer and the sizes: no clock and no number o
 """
 
 import contextlib
+import multiprocessing
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,10 @@ from memphis_jax.data.recipes import Item, Loaded
 from memphis_jax.progress import Progress
 from memphis_jax.rounds.files import sha256_file, sha256_folder, write_json
 from memphis_jax.versions import versions
+
+FORMAT = 1
+"""Raise it when prompts.py, recipes.py or fields.py make other examples of the same rows: a folder
+built before is then refused, not taken for finished."""
 
 CHUNK = 512  # rows tokenised at once and written as one record batch
 SHARD_TOKENS = 1 << 24  # a file is closed when it has so many: 64 MiB of tokens
@@ -143,20 +150,45 @@ def _write_shards(folder: Path, batches: Iterable[list[tuple[Example, str]]]) ->
 @contextlib.contextmanager
 def _encoder(tokenizer: Path, seq_len: int, num_items: int) -> Iterator[Encode]:
     """Maps chunks of items to their examples, or reasons, in order; in processes where many."""
-    processes = min(os.cpu_count() or 1, MOST_PROCESSES, num_items // ITEMS_PER_PROCESS)
+    processes = min(_cores(), MOST_PROCESSES, num_items // ITEMS_PER_PROCESS)
     if processes < 2:
         yield partial(map, partial(_encode, *load_tokenizer(tokenizer), seq_len))
         return
-    # Not forked: the tokenizer's threads may hold locks. A worker ends when this process is gone.
-    with get_context("spawn").Pool(processes, _start_worker, (tokenizer, seq_len)) as pool:
-        yield partial(pool.imap, _encode_in_worker)
+    # Not forked: the tokenizer's threads may hold locks.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (tokenizer, seq_len))
+    try:
+        yield partial(pool.map, _encode_in_worker)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"one of {processes} tokenising processes was killed, perhaps for want of memory: "
+            "run again with more, or on fewer cores (taskset -c 0 memphis data ...)"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _worker: list[Callable[[list[Item]], list[Example | str]]] = []
 
 
 def _start_worker(tokenizer: Path, seq_len: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.append(partial(_encode, *load_tokenizer(tokenizer), seq_len))
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for ever for the next chunk of a build that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: list[Item]) -> list[Example | str]:
@@ -183,6 +215,7 @@ def write_manifest(
 
     `inputs` is what makes this build what it is, `warnings` what could not be done. The packing is
     that of training with this seed: per epoch the rows, and the share of their slots with a token.
+    It is a forecast for so many `epochs`; training packs by itself.
     """
     shards = [folder / name for record in records.values() for name in record["shards"]]
     slots = (ArrowExamples(shards).lengths - 1).tolist()

@@ -167,7 +167,8 @@ def _load_dataset(source: str) -> Iterator[dict[str, Any]]:
                 yield from datasets.load_dataset(name, config, split=split)
     except ValueError as error:  # such as a config that the set does not have
         raise ValueError(f"evaluation set {source}: {error}") from error
-    except datasets.exceptions.DatasetsError as error:
+    # RuntimeError: a set that is a script, which `datasets` no longer runs.
+    except (datasets.exceptions.DatasetsError, RuntimeError) as error:
         raise OSError(error) from error
 
 

@@ -54,7 +54,7 @@ def require_at_least(row: Row, column: str, lowest: float) -> None:
         raise Drop(f"empty {column}")
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits
         number = math.nan
     if math.isnan(number):
         raise Drop(f"{column} is not a number")

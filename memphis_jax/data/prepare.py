@@ -27,6 +27,7 @@ from rich.table import Table
 from memphis_jax import config as configs
 from memphis_jax.data import build, contamination, procedural, recipes
 from memphis_jax.data.examples import MANIFEST, read_manifest
+from memphis_jax.data.fields import Drop, clean
 from memphis_jax.data.prompts import load_tokenizer
 from memphis_jax.data.recipes import Item, Loaded
 from memphis_jax.rounds.files import read_jsonl, sha256_file, write_jsonl
@@ -72,8 +73,9 @@ def _build(config: configs.RunConfig, building: Path, out: Path) -> bool:
     evaluation, warnings = contamination.read_evaluation(config.data.evaluation)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    sizes = {"seed": config.seed, "seq_len": config.sft.seq_len, "epochs": config.sft.epochs}
+    sizes: dict[str, Any] = {"seed": config.seed, "seq_len": config.sft.seq_len}
     inputs = {
+        "format": build.FORMAT,
         "data": dataclasses.asdict(config.data),
         **sizes,
         "tokenizer_sha256": sha256_file(building / "tokenizer" / "tokenizer.json"),
@@ -87,8 +89,8 @@ def _build(config: configs.RunConfig, building: Path, out: Path) -> bool:
     found = {name: _contaminated(loaded, evaluation) for name, loaded in data_sets.items()}
     if config.data.contamination == "drop":
         for name, reasons in found.items():
-            told = (f"holds an evaluation question ({why})" if why else "" for why in reasons)
-            unwanted[name] = [a or b for a, b in zip(unwanted[name], told, strict=True)]
+            held = (f"holds an evaluation question ({why})" if why else "" for why in reasons)
+            unwanted[name] = [a or b for a, b in zip(unwanted[name], held, strict=True)]
     records, kept = build.write_examples(building, data_sets, unwanted, config.sft.seq_len)
     for name, reasons in found.items():
         records[name]["contaminated"] = dict(sorted(Counter(filter(None, reasons)).items()))
@@ -98,7 +100,8 @@ def _build(config: configs.RunConfig, building: Path, out: Path) -> bool:
             building / f"{split}.jsonl",
             ({field: row[field] for field in ("id", *FIELDS)} for row in rows),
         )
-    build.write_manifest(building, records, inputs=inputs, warnings=warnings, **sizes)
+    told: dict[str, Any] = {"inputs": inputs, "warnings": warnings, "epochs": config.sft.epochs}
+    build.write_manifest(building, records, **told, **sizes)
     return False
 
 
@@ -133,6 +136,7 @@ def load_sources(
     """
     settings = config.data
     tokenizer = settings.tokenizer or config.start.hf_folder
+    dropped: Counter[str] = Counter()
     if settings.source == "procedural":
         counts = (settings.num_train, settings.num_validation, settings.num_test)
         splits = procedural.generate(*counts, config.seed)
@@ -147,11 +151,11 @@ def load_sources(
     if settings.source == "mixture":
         return _load_mixture(settings, config.seed)
     if settings.source == "jsonl":
-        splits = read_rows(settings)
+        splits, dropped = read_rows(settings)
         paths = [getattr(settings, split) for split in SPLITS]
         origin = {"path": settings.train, "sha256": {path: sha256_file(path) for path in paths}}
     rows = splits.pop("train")
-    loaded = Loaded("cot", rows, len(rows), Counter(), origin)
+    loaded = Loaded("cot", rows, len(rows) + dropped.total(), dropped, origin)
     return {settings.source: loaded}, splits, {settings.source: [""] * len(rows)}
 
 
@@ -210,31 +214,51 @@ def _question(item: Item) -> str:
     return " ".join(item["prompt"].split()).casefold()
 
 
-def read_rows(data: configs.DataConfig) -> dict[str, list[Item]]:
-    """The rows of TinyCoT-shaped files by split, each with an id that is unique over all splits.
+def read_rows(data: configs.DataConfig) -> tuple[dict[str, list[Item]], Counter[str]]:
+    """The rows of TinyCoT-shaped files by split, and why rows of `train` were dropped.
 
-    Raises ValueError naming file and line for a missing or non-text field, or where a question of
-    `validation` or `test` is among those of `train`.
+    Each row has an id that is unique over all splits. A row of `train` that is not valid Unicode is
+    dropped. Raises ValueError, naming file and line, for a missing or non-text field, and for a row
+    of `validation` or `test` that is not valid Unicode or has no prompt or target; and, naming the
+    file, where one of them has no rows, or a question that `train` has as well.
     """
+    dropped: Counter[str] = Counter()
     splits: dict[str, list[Item]] = {}
     for split in SPLITS:
         path, rows = getattr(data, split), []
         for number, row in enumerate(read_jsonl(path), start=1):
-            for name in FIELDS:
-                if not isinstance(row.get(name), str):
-                    raise ValueError(
-                        f"{path}, line {number}: field {name!r} must be text, found "
-                        f"{row.get(name)!r}; a row needs {', '.join(FIELDS)}"
-                    )
-            rows.append({"id": f"{split}-{number:06d}", **{name: row[name] for name in FIELDS}})
+            where = f"{path}, line {number}"
+            try:
+                item = _read_row(row, where)
+            except Drop as reason:
+                if split != "train":
+                    raise ValueError(f"{where}: {reason}; correct or remove the row") from None
+                dropped[str(reason)] += 1
+                continue
+            empty = [name for name in ("prompt", "target") if not item[name]]
+            if empty and split != "train":  # the rounds ask and grade every one
+                raise ValueError(f"{where}: empty {empty[0]}; fill it in or remove the row")
+            rows.append({"id": f"{split}-{number:06d}", **item})
+        if not rows and split != "train":
+            raise ValueError(f"{path} has no rows: data.{split} needs one question or more")
         splits[split] = rows
-        trained = {row["prompt"].strip() for row in splits["train"]} if split != "train" else set()
-        if leaked := trained & {row["prompt"].strip() for row in rows}:
+        trained = set(map(_question, splits["train"])) if split != "train" else set()
+        if leaked := [row["prompt"] for row in rows if _question(row) in trained]:
             raise ValueError(
                 f"{path}: {len(leaked)} of its questions are also in {data.train}, the first is "
-                f"{min(leaked)[:80]!r}; remove them from one of the two"
+                f"{leaked[0][:80]!r}; remove them from one of the two"
             )
-    return splits
+    return splits, dropped
+
+
+def _read_row(row: Mapping[str, Any], where: str) -> Item:
+    for name in FIELDS:
+        if not isinstance(row.get(name), str):
+            raise ValueError(
+                f"{where}: field {name!r} must be text, found {row.get(name)!r}; "
+                f"a row needs {', '.join(FIELDS)}"
+            )
+    return {name: clean(name, row[name]) for name in FIELDS}
 
 
 def _only_tokenizer_files(_: str, names: list[str]) -> set[str]:
