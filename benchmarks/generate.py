@@ -23,13 +23,13 @@ from rich.table import Table
 
 REPO = Path(__file__).parents[1]
 MODELS = {  # name: (shape, questions)
-    "demo, 0.2 M": ({}, 300),
+    "demo, 0.2 M": ({}, 100),
     "20 M": (
         {
             **{"hidden_size": 448, "intermediate_size": 1232, "num_hidden_layers": 8},
             **{"num_attention_heads": 7, "num_key_value_heads": 7},
         },
-        64,
+        16,
     ),
 }
 SAMPLES, NEW_TOKENS, CONTEXT = 8, 48, 256
@@ -97,7 +97,8 @@ def make_model(folder: Path, shape: dict[str, int], questions: int) -> Path:
 
 def compare(folder: Path, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Lets all engines take turns; one row each."""
-    names = ["JAX", *([] if args.only_jax else VLLM)]
+    variants = list(VLLM) if dtype == "float32" else ["vLLM"]  # one dtype tells the settings apart
+    names = ["JAX", *([] if args.only_jax else variants)]
     engines, loading = {}, {}
     try:
         for name in names:
