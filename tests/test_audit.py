@@ -99,6 +99,16 @@ def test_samples_are_random_but_fixed_by_the_seed() -> None:
     assert min(places) < 100 and max(places) > 400  # from everywhere
 
 
+def test_samples_are_drawn_from_each_source_in_turn() -> None:
+    graded = [row("a", "correct", f"r{i}") for i in range(500)]
+    graded += [row("m", "correct", f"m{i}") for i in range(15)]
+    found = audit(graded, QUESTIONS)["samples"]["correct"]
+    sources = [sample["source"] for sample in found]
+    assert sources.count("gsm8k") == sources.count("math") == 10
+    few = audit(graded[:30] + graded[-2:], QUESTIONS)["samples"]["correct"]
+    assert [sample["source"] for sample in few].count("math") == 2 and len(few) == NUM_SAMPLES
+
+
 def test_no_rows() -> None:
     samples = {"correct": [], "incorrect": [], "unknown": [], "invalid": []}
     assert audit([], QUESTIONS) == {"sources": {}, "samples": samples}

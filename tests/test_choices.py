@@ -69,6 +69,36 @@ def test_a_letter_is_the_ground_truth(answer: str, verdict: str, target: str) ->
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        *("A) 12 is wrong", "A. No, it is B", "A. Actually, B", "A: 12, no wait, B"),
+        *("A) 12 is incorrect, it should be 13", "A) not 12", "A) wrong", "A) 12 or 13", "A. B"),
+        *("A) 12, 13", "A) 14", "A is right, no, B", "B) No, A"),
+    ],
+)
+@pytest.mark.parametrize("target", ["A", "B"])
+def test_a_choice_that_is_denied_or_changed_is_unknown(answer: str, target: str) -> None:
+    options = (("A", "12"), ("B", "13"), ("C", "None of these"), ("D", "12.0"))
+    assert check_choice(answer, target, options=options, equal=never) == "unknown"
+
+
+def test_a_yes_that_is_taken_back_is_unknown() -> None:
+    options = (("A", "Yes"), ("B", "No"))
+    assert check_choice("Yes, because it rains", "A", options=options, equal=never) == "correct"
+    for answer in ("Yes, but actually B", "A) Yes, but actually B"):
+        assert check_choice(answer, "A", options=options, equal=never) == "unknown"
+
+
+@pytest.mark.parametrize(
+    "text", ["None of these", "not enough information", "12 or 13", "It is wrong"]
+)
+def test_an_options_text_that_sounds_like_a_denial_is_correct(text: str) -> None:
+    options = (("A", "12"), ("B", text))
+    for answer in (text, f"B) {text}.", f"The answer is (B) {text.upper()}"):
+        assert check_choice(answer, "B", options=options, equal=never) == "correct"
+
+
+@pytest.mark.parametrize(
     ("answer", "verdict"),
     [
         ("bloody mess", "correct"),
@@ -80,6 +110,8 @@ def test_a_letter_is_the_ground_truth(answer: str, verdict: str, target: str) ->
         ("C) bloody mess", "unknown"),
         ("a mess", "unknown"),
         ("not the cake", "incorrect"),
+        ("something else", "incorrect"),  # the question shows what there is
+        ("13", "unknown"),
     ],
 )
 def test_an_option_is_the_ground_truth(answer: str, verdict: str) -> None:

@@ -1,12 +1,17 @@
 """Facts about sections and verdicts of completions; what an answer is worth: test_answers.py."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from memphis_jax.rounds import commands
 from memphis_jax.rounds.answers import check_answer
+from memphis_jax.rounds.files import write_jsonl
 from memphis_jax.rounds.grade import grade, parse
+from memphis_jax.rounds.pairs import VERDICTS
 
 NONE, SEVERAL, BESIDE = "no answer header", "several headers", "text beside the answer header"
 
@@ -81,3 +86,30 @@ print(sorted(name for name in sys.modules if name in ("sympy", "math_verify", "j
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("field", ["id", "prompt", "target", "source"])
+def test_a_question_without_a_field_is_named(field: str, tmp_path: Path) -> None:
+    question = {"id": "q", "prompt": "?", "target": "4", "source": "gsm8k"}
+    write_jsonl(tmp_path / "questions.jsonl", [question, {**question, "id": "r"}])
+    del question[field]
+    write_jsonl(tmp_path / "broken.jsonl", [question])
+    write_jsonl(tmp_path / "completions.jsonl", [{"meta": {}}])
+    files = [str(tmp_path / name) for name in ("questions.jsonl", "broken.jsonl")]
+    out = ["--completions", str(tmp_path / "completions.jsonl"), "--out", str(tmp_path / "g.jsonl")]
+    with pytest.raises(ValueError, match=f"broken.jsonl, line 1: .* the field '{field}'"):
+        commands.grade([*out, "--questions", *files])
+
+
+def test_pairs_json_holds_each_count_once(tmp_path: Path) -> None:
+    question = {"id": "q", "prompt": "?", "rationale": "r", "target": "4"}
+    write_jsonl(tmp_path / "questions.jsonl", [question])
+    row = {"id": "q", "rationale": "so", "answer": "4"}
+    rows = [row | {"sample": i, "verdict": v} for i, v in enumerate(["correct", "incorrect"])]
+    write_jsonl(tmp_path / "graded.jsonl", [{"meta": {}}, *rows])
+    files = [("--" + name, str(tmp_path / f"{name}.jsonl")) for name in ("graded", "questions")]
+    out = ("--out", str(tmp_path / "pairs.jsonl"))
+    commands.pairs([word for pair in (*files, out) for word in pair])
+    found = json.loads((tmp_path / "pairs.json").read_text())
+    assert found.pop("verdicts") == {"correct": 1, "incorrect": 1, "invalid": 0, "unknown": 0}
+    assert found.keys().isdisjoint(VERDICTS) and found["pairs"] == 1

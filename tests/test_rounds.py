@@ -186,9 +186,21 @@ def test_a_config_is_the_same_when_it_comes_back_from_its_file(tmp_path: Path) -
         claim(tmp_path, dataclasses.replace(config, seed=5))
 
 
-def graded_file(path: Path, rows: list[dict[str, Any]]) -> Path:
-    write_jsonl(path, [{"meta": {}}, *rows])
+def graded_file(path: Path, rows: list[dict[str, Any]], num_samples: int, *skipped: str) -> Path:
+    meta = {"num_samples": num_samples, "skipped": dict.fromkeys(skipped, "too long")}
+    write_jsonl(path, [{"meta": meta}, *rows])
     return path
+
+
+def accuracies(folder: Path, greedy: Path, sampled: Path) -> dict[str, float]:
+    commands.accuracy(
+        [
+            *("--greedy", str(greedy), "--sampled", str(sampled)),
+            *("--validation", str(folder / "validation.jsonl")),
+            *("--test", str(folder / "test.jsonl"), "--out", str(folder / "out.json")),
+        ]
+    )
+    return json.loads((folder / "out.json").read_text())
 
 
 def test_accuracy_counts_by_split_and_kind(tmp_path: Path) -> None:
@@ -204,15 +216,11 @@ def test_accuracy_counts_by_split_and_kind(tmp_path: Path) -> None:
     sampled = [row("v1", "correct"), row("v1", "correct"), row("v2", "invalid")]
     sampled += [row("v2", "unknown"), row("t1", "correct", 4), row("t1", "incorrect", 8)]
     sampled += [row("t2", "invalid", 16, "length"), row("t2", "invalid", 12)]
-    commands.accuracy(
-        [
-            *("--greedy", str(graded_file(tmp_path / "greedy.jsonl", greedy))),
-            *("--sampled", str(graded_file(tmp_path / "sampled.jsonl", sampled))),
-            *("--validation", str(tmp_path / "validation.jsonl")),
-            *("--test", str(tmp_path / "test.jsonl"), "--out", str(tmp_path / "out.json")),
-        ]
+    files = (
+        graded_file(tmp_path / "greedy.jsonl", greedy, 1),
+        graded_file(tmp_path / "sampled.jsonl", sampled, 2),
     )
-    assert json.loads((tmp_path / "out.json").read_text()) == {
+    assert accuracies(tmp_path, *files) == {
         "validation_greedy": 0.5,
         "validation_sampled": 0.5,
         "test_greedy": 1.0,
@@ -222,4 +230,30 @@ def test_accuracy_counts_by_split_and_kind(tmp_path: Path) -> None:
         "truncated_share": 0.25,
         "validation_questions": 2,
         "test_questions": 2,
+        "skipped": 0,
     }
+
+
+def test_a_skipped_question_counts_as_not_correct(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "validation.jsonl", [{"id": "v"}])
+    write_jsonl(tmp_path / "test.jsonl", [{"id": "t1"}, {"id": "t2"}, {"id": "t3"}, {"id": "t4"}])
+    row = {"verdict": "correct", "num_tokens": 10, "finish_reason": "stop"}
+    greedy = [row | {"id": name} for name in ("v", "t1", "t2")]
+    skipped = ("t3", "t4", "elsewhere")
+    files = (
+        graded_file(tmp_path / "greedy.jsonl", greedy, 1, *skipped),
+        graded_file(tmp_path / "sampled.jsonl", [*greedy, *greedy], 2, *skipped),
+    )
+    found = accuracies(tmp_path, *files)
+    assert (found["test_greedy"], found["test_sampled"], found["skipped"]) == (0.5, 0.5, 2)
+    assert (found["validation_greedy"], found["mean_tokens"]) == (1.0, 10)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_accuracy_without_questions_is_refused(split: str, tmp_path: Path) -> None:
+    for name in ("validation", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [] if name == split else [{"id": "q"}])
+    row = {"id": "q", "verdict": "correct", "num_tokens": 10, "finish_reason": "stop"}
+    file = graded_file(tmp_path / "graded.jsonl", [row], 1)
+    with pytest.raises(ValueError, match=f"{split}.jsonl: no question to measure"):
+        accuracies(tmp_path, file, file)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from memphis_jax.rounds.grade import Verdict
-from memphis_jax.rounds.quantities import Number, check_number, read_quantity
+from memphis_jax.rounds.quantities import Number, check_number, read_number_words, read_quantity
 
 Equal = Callable[[str, str], bool | None]
 """equal(ground truth, answer) of two formulas; None: cannot tell. TimeoutError: given up."""
@@ -26,7 +26,12 @@ def _cannot_tell(target: str, answer: str) -> None:
 
 
 def check_answer(
-    answer: str, target: str, *, source: str = "", equal: Equal = _cannot_tell
+    answer: str,
+    target: str,
+    *,
+    source: str = "",
+    equal: Equal = _cannot_tell,
+    among_options: bool = False,
 ) -> Verdict:
     """Judge an answer as a careful person would who sees only this answer and the ground truth.
 
@@ -35,8 +40,9 @@ def check_answer(
     percentage (50% = 0.5 = 50). Two different numbers, or a denied one ("not 12"), are incorrect.
     Choices: one letter, with or without its option's text. Labels: one word of a closed
     vocabulary; true = yes. Formulas: by `equal`, whose TimeoutError passes through. Free text:
-    equal words; an answer that shares words with the target is unknown. Runs of blanks count as
-    one; a line break is not a blank.
+    equal words; another single word is incorrect, and so is any text without a shared word where
+    the question shows the ground truth among options (among_options); else unknown. Runs of blanks
+    count as one; a line break is not a blank.
     """
     answer, target = _tidy(answer), _tidy(target)
     if answer == target:
@@ -55,7 +61,7 @@ def check_answer(
         return _check_label(answer, goal.text.casefold())
     if goal.kind in ("formula", "number"):
         return _check_formula(answer, goal.text, equal)
-    return _check_words(answer, goal.text)
+    return _check_words(answer, goal.text, among_options)
 
 
 class _Goal(NamedTuple):
@@ -72,6 +78,8 @@ def _goal(target: str, source: str = "") -> _Goal:
     text = plain_text(target)
     if number := read_quantity(text):
         return _Goal(text, "number", number)
+    if number := read_number_words(text):
+        return _Goal(str(number.value), "number", number)
     # where nothing is multiple choice, a letter is a variable
     formulas = source.casefold().rpartition("/")[2] in _FORMULA_SOURCES
     if re.fullmatch(r"\(?[A-Ja-j]\)?[.:]?", text):
@@ -93,7 +101,7 @@ _WRAPPED = re.compile(
     r"|\\(?:boxed|text|textbf|mathrm)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 )
 _LEAD_IN = re.compile(
-    r"(?:(?:so|thus|therefore|hence),?\s+)?"
+    r"^(?:(?:so|thus|therefore|hence),?\s+)?"
     r"(?:(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
     r"(?:answer|option|choice|result)(?:\s+is|\s*[:=])?|it\s+is|it's)"
     r"\s*:?\s*(?:(?:option|choice)\s+)?(?=\S)",
@@ -143,10 +151,15 @@ _PLAIN_LABEL = re.compile(  # not "no idea", not "true enough"
     r"(?:X)(?:\s*$|\s*[.,;:!\n-]|\s+(?:because|since|as)\b)".replace("X", "|".join(_LABELS)),
     re.IGNORECASE,
 )
+_BOTH_LABELS = re.compile(  # "yes and no"; but "Yes, no doubt" is a yes
+    r"(?:either\s+|both\s+)?(?:X)\s*(?:/|,?\s*\band\b|,?\s*\bor\b|,?\s*\band/or\b)\s*(?:X)"
+    r"\W*".replace("X", "|".join(_LABELS)),
+    re.IGNORECASE,
+)
 _UNDECIDED = re.compile(r"\b(?:maybe|perhaps|depends|unsure|unknown|don't know)\b", re.IGNORECASE)
 _LETTER = re.compile(
     r"\(?([A-J])\)?[.:]?|(?:\(([A-J])\)|([A-J])[).:])\s*(.*)"
-    r"|\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b.*",
+    r"|\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _LETTERS = re.compile(
@@ -171,12 +184,23 @@ def named_letter(answer: str) -> tuple[str, str]:
     if not match or _REFUSED.search(answer) or _LETTERS.fullmatch(answer):
         return "", answer
     letter = next(group for group in (match[1], match[2], match[3], match[5]) if group)
-    return letter.upper(), match[4] or ""
+    return letter.upper(), (match[4] or match[6] or "").strip()
+
+
+_DOUBT = re.compile(
+    r"n't\b|\b(?:no|not|nor|neither|never|cannot|wrong|incorrect|false|untrue|wait|actually|instead"
+    r"|rather|sorry|oops|correction|but|however|though|although|unless|except|or|maybe|perhaps"
+    r"|possibly|should)\b",
+    re.IGNORECASE,
+)
+_OTHER_LETTER = re.compile(  # no article ("A dog") and no pronoun ("I"), and not "B-side"
+    r"\([A-Ja-j]\)|\b[A-J]\)|(?<![\w-])(?:[B-HJ](?![\w'-])|A(?!\s*[\w'-]))|\b(?:or|and) [A-J]\b"
+)
 
 
 def weighs_options(text: str) -> bool:
-    """Whether the text beside a letter goes on to other options."""
-    return bool(re.search(r"\([A-Ja-j]\)|\b[A-J]\)|\b(?:or|and) [A-J]\b", text))
+    """Whether the text beside a letter names a letter too, denies something or takes it back."""
+    return bool(_OTHER_LETTER.search(text) or _DOUBT.search(text))
 
 
 def _check_choice(answer: str, letter: str) -> Verdict:
@@ -193,8 +217,8 @@ def _check_label(answer: str, target: str) -> Verdict:
     meaning = _LABELS[target]
     words = re.findall(r"[a-z']+", answer.casefold())
     said = {meaning[word] for word in words if word in meaning}
-    if len(said) > 1 and len(words) <= 3:
-        return "incorrect"  # "yes and no"
+    if len(said) > 1 and _BOTH_LABELS.fullmatch(answer):
+        return "incorrect"
     if not said and target in _YES_NO and _UNDECIDED.search(answer):
         return "incorrect"
     if len(said) != 1 or not _PLAIN_LABEL.match(answer):
@@ -207,7 +231,7 @@ _COMMON_WORDS = frozenset(
 ) | {"i", "wa"}  # is and was without their s
 
 
-def _check_words(answer: str, target: str) -> Verdict:
+def _check_words(answer: str, target: str, among_options: bool) -> Verdict:
     given, wanted = (re.findall(r"[^\s.,;:!?'\"()]+", t.casefold()) for t in (answer, target))
     given, wanted = (w[1:] if w[:1] in (["a"], ["an"], ["the"]) else w for w in (given, wanted))
     if given == wanted and wanted:
@@ -217,8 +241,14 @@ def _check_words(answer: str, target: str) -> Verdict:
         {word.removesuffix("s") for word in re.findall(r"\w+", text.casefold())} - _COMMON_WORDS
         for text in (answer, target)
     )
-    denied = _REFUSED.search(answer) and not _REFUSED.search(target) and theirs == ours
-    return "unknown" if (theirs & ours and not denied) or not wanted else "incorrect"
+    if _REFUSED.search(answer) and not _REFUSED.search(target) and theirs == ours and wanted:
+        return "incorrect"
+    in_digits = [bool(re.search("[0-9]", text)) for text in (answer, target)]
+    if theirs & ours or not wanted or in_digits[0] != in_digits[1]:  # June, or 6?
+        return "unknown"
+    # several words may say the same in other ones: "does not exist", "no solution"
+    single = len(given) <= 1 and len(wanted) == 1
+    return "incorrect" if single or among_options else "unknown"
 
 
 # --- formulas ---------------------------------------------------------------------------------

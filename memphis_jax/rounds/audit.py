@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -23,8 +24,9 @@ def audit(
     incorrect, invalid, unknown; malformed {reason: answers} (extraction failures); timeouts;
     truncated (ended by the length limit, also those that are malformed); duplicates (correct or
     incorrect answers whose rationale repeats an earlier one of the same question and verdict, up
-    to whitespace and case). rows: at most 20, {id, sample, source, prompt, target, text, answer,
-    reason}, the same ones for the same rows and seed. Raises KeyError for a row without question.
+    to whitespace and case). rows: at most 20, from each source in turn, {id, sample, source,
+    prompt, target, text, answer, reason}, the same ones for the same rows and seed. Raises KeyError
+    for a row without question.
     """
     sources: dict[str, dict[str, Any]] = {}
     seen: set[tuple[str, str, str]] = set()
@@ -44,13 +46,22 @@ def audit(
         by_verdict[row["verdict"]].append(row)
     chosen = random.Random(seed)
     samples = {
-        verdict: [
-            _sample(row, questions[row["id"]])
-            for row in chosen.sample(rows, min(NUM_SAMPLES, len(rows)))
-        ]
+        verdict: [_sample(row, questions[row["id"]]) for row in _draw(rows, questions, chosen)]
         for verdict, rows in by_verdict.items()
     }
     return {"sources": dict(sorted(sources.items())), "samples": samples}
+
+
+def _draw(
+    rows: Sequence[Row], questions: Mapping[str, Row], chosen: random.Random
+) -> Iterable[Row]:
+    """At most NUM_SAMPLES rows, one of each source in turn while it has any."""
+    by_source: dict[str, list[Row]] = {}
+    for row in chosen.sample(rows, len(rows)):
+        by_source.setdefault(questions[row["id"]]["source"], []).append(row)
+    # more sources than samples: which come first must be no matter of their size
+    drawn = zip_longest(*chosen.sample(list(by_source.values()), len(by_source)))
+    return islice((row for turn in drawn for row in turn if row is not None), NUM_SAMPLES)
 
 
 def _no_counts() -> dict[str, Any]:

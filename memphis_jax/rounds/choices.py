@@ -19,6 +19,7 @@ from memphis_jax.rounds.answers import (
     weighs_options,
 )
 from memphis_jax.rounds.grade import Verdict
+from memphis_jax.rounds.quantities import read_quantity
 
 Options = tuple[tuple[str, str], ...]
 """(letter in upper case, text) of each option; the letter is "" in a list without letters."""
@@ -75,12 +76,13 @@ def check_choice(
     """`answers.check_answer` by someone who also sees the options.
 
     A letter, an option's text, or both ("B) 12") name an option. Naming the right one is correct,
-    another one incorrect; unknown where letter and text name different ones, or where a wrong
-    letter stands for the right text. An answer that names none is judged without options, as is
-    one to a ground truth that is none of the options.
+    another one incorrect; unknown where letter and text name different ones, where a wrong letter
+    stands for the right text, or where words beside the letter deny it or mention another option.
+    An answer that names none is judged without options, as is one to a ground truth that is none
+    of the options.
     """
-    plain = check_answer(answer, target, source=source, equal=equal)
     right = _right(target, options, equal)
+    plain = check_answer(answer, target, source=source, equal=equal, among_options=bool(right))
     if not right or plain_text(answer) == plain_text(target) or len(answer) > LONGEST:
         return plain
     letter, said = named_letter(answer)
@@ -88,8 +90,12 @@ def check_choice(
         letter, said = "", answer  # "I" where the options are Roman numerals
     by_text = _read_like(said, options) or _read_like(answer, options)
     if not by_text and said:
+        if weighs_options(said):
+            return "unknown" if letter else plain
         by_text = _mean(said, options, equal)
-    if not by_text and (weighs_options(said) or not letter):
+        if not by_text and letter and (read_quantity(said) or _mentioned(said, options)):
+            return "unknown"
+    if not by_text and not letter:
         return plain
     named = by_text | {i for i, (label, _) in enumerate(options) if letter and label == letter}
     right_texts = {_folded(options[i][1]) for i in right}
@@ -108,6 +114,14 @@ def _read_like(text: str, options: Options) -> set[int]:
     """The options with this text."""
     folded = _folded(text)
     return {i for i, (_, option) in enumerate(options) if folded and _folded(option) == folded}
+
+
+def _mentioned(text: str, options: Options) -> bool:
+    """Whether an option's text is part of a text."""
+    return any(
+        re.search(rf"(?<!\w){re.escape(_folded(option))}(?!\w)", _folded(text))
+        for _, option in options
+    )
 
 
 def _mean(text: str, options: Options, equal: Equal) -> set[int]:

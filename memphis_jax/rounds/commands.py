@@ -27,12 +27,14 @@ def grade(argv: Sequence[str]) -> None:
         prog="memphis grade", description="Check sampled answers against the ground truth."
     )
     parser.add_argument("--completions", required=True, type=Path, help="as a sampler wrote it")
-    parser.add_argument("--questions", required=True, nargs="+", help="{id, target, source}")
+    parser.add_argument(
+        "--questions", required=True, nargs="+", help="{id, prompt, target, source}"
+    )
     parser.add_argument(
         "--out", required=True, type=Path, help="graded.jsonl; beside it .audit.json"
     )
     args = parser.parse_args(argv)
-    questions = {row["id"]: row for path in args.questions for row in read_jsonl(path)}
+    questions = {row["id"]: row for path in args.questions for row in _questions(path)}
     meta, rows = read_completions(args.completions)
     if unknown := [row["id"] for row in rows if row["id"] not in questions]:
         raise ValueError(f"{args.completions}: no question has the id {unknown[0]!r}")
@@ -44,6 +46,14 @@ def grade(argv: Sequence[str]) -> None:
     print("graded: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS), file=sys.stderr)
     if equal.timeouts:
         print(f"{equal.timeouts} comparisons of formulas ran into the limit", file=sys.stderr)
+
+
+def _questions(path: str) -> Iterator[Row]:
+    for number, row in enumerate(read_jsonl(path), start=1):
+        for name in ("id", "prompt", "target", "source"):
+            if name not in row:
+                raise ValueError(f"{path}, line {number}: a question needs the field {name!r}")
+        yield row
 
 
 def _graded(
@@ -80,9 +90,8 @@ def pairs(argv: Sequence[str]) -> None:
     questions = [row for row in read_jsonl(args.questions) if row["id"] in sampled]
     limit = args.max_pairs_per_question or None
     rows, stats = make_pairs(graded, questions, max_pairs_per_question=limit)
-    write_json(
-        args.out.with_suffix(".json"), {**stats, "verdicts": {v: stats.pop(v) for v in VERDICTS}}
-    )
+    verdicts = {verdict: stats.pop(verdict) for verdict in VERDICTS}
+    write_json(args.out.with_suffix(".json"), {**stats, "verdicts": verdicts})
     write_jsonl(args.out, rows)
     print(
         f"pairs: {len(rows)} from {stats['questions']} questions ({stats['all_correct']} all "
@@ -106,22 +115,34 @@ def accuracy(argv: Sequence[str]) -> None:
         split: {row["id"] for row in read_jsonl(getattr(args, split))}
         for split in ("validation", "test")
     }
-    graded = {kind: read_completions(getattr(args, kind))[1] for kind in ("greedy", "sampled")}
+    for split in ids:
+        if not ids[split]:
+            raise ValueError(f"{getattr(args, split)}: no question to measure an accuracy on")
+    graded = {kind: read_completions(getattr(args, kind)) for kind in ("greedy", "sampled")}
 
     def rows(split: str, kind: str) -> list[Row]:
-        return [row for row in graded[kind] if row["id"] in ids[split]]
+        return [row for row in graded[kind][1] if row["id"] in ids[split]]
+
+    def share(split: str, kind: str) -> float:
+        """Of all answers that were asked for: a question too long to be asked counts as wrong."""
+        correct = sum(row["verdict"] == "correct" for row in rows(split, kind))
+        return correct / (len(ids[split]) * graded[kind][0]["num_samples"])
 
     result: dict[str, float] = {
-        f"{split}_{kind}": mean(row["verdict"] == "correct" for row in rows(split, kind))
+        f"{split}_{kind}": share(split, kind)
         for split in ("validation", "test")
         for kind in ("greedy", "sampled")
     }
     sampled = rows("test", "sampled")
+    if not sampled:
+        raise ValueError(f"{args.sampled}: no answer to any question of {args.test}")
+    skipped = {name for meta, _ in graded.values() for name in meta["skipped"]}
     result |= {
         "valid_share": mean(row["verdict"] != "invalid" for row in sampled),
         "mean_tokens": mean(row["num_tokens"] for row in sampled),
         "truncated_share": mean(row["finish_reason"] == "length" for row in sampled),
         "validation_questions": len(ids["validation"]),
         "test_questions": len(ids["test"]),
+        "skipped": len(skipped & (ids["validation"] | ids["test"])),
     }
     write_json(args.out, result)

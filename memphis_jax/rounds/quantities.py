@@ -23,6 +23,9 @@ _DIGIT = re.compile("[0-9]")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "dozen": 12}
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
+_MONEY = {*_CURRENCIES.values(), "cent"}
+_MONEY_FACTORS = {100}
+_FACTORS = {7, 12, 24, 60, 100, 1000, 3600}  # of the usual units
 _NUMBER = re.compile(
     r"""(?<![\w.)])(?<![0-9][,:/])
     (?:(?<![0-9]\ )(?P<sign>(?:negative|minus)\s+|[-+]))?
@@ -67,6 +70,12 @@ def read_quantity(text: str) -> Number | None:
     match = _QUANTITY.fullmatch(text)
     number = _number(match) if match else None
     return number if number and number.value is not None else None
+
+
+def read_number_words(text: str) -> Number | None:
+    """The number of a text that is nothing but number words ("one hundred"); else None."""
+    number = None if _DIGIT.search(text) else read_quantity(_spelled_out(text))
+    return number if number and not number.unit else None
 
 
 def check_number(answer: str, goal: Number) -> Verdict:
@@ -131,6 +140,11 @@ def _compare(number: Number, goal: Number) -> Verdict:
         return "unknown" if number.value in (goal.value, goal.value * 100) else "incorrect"
     if number.value == goal.value:
         return "correct"
+    if bool(number.unit) != bool(goal.unit) and number.value and goal.value:
+        factors = _MONEY_FACTORS if (number.unit or goal.unit) in _MONEY else _FACTORS
+        ratio = number.value / goal.value
+        if ratio in factors or 1 / ratio in factors:
+            return "unknown"  # 60 against 1 hour
     shared = min(number.decimals, goal.decimals)
     if 2 <= shared <= 100 and round(number.value - goal.value, int(shared)) == 0:
         return "unknown"  # 3.33 against 3.333: rounded differently
@@ -158,7 +172,8 @@ _SPELLED = re.compile(
     re.IGNORECASE,
 )
 _NUMBER_WORD = re.compile(
-    rf"\b(?:{'|'.join(_SCALES)}|half|third|quarter|couple|pair|both|once|twice|none|no|nothing|pi)\b",
+    rf"\b(?:{'|'.join(_SCALES)}|half|third|quarter|couple|pair|both|once|twice|none|no|nothing|pi"
+    r"|january|february|march|april|may|june|july|august|september|october|november|december)\b",
     re.IGNORECASE,
 )
 
