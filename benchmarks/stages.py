@@ -1,4 +1,4 @@
-"""Seconds per kind of stage of finished recipes, side by side, from their ledgers."""
+"""Mean seconds of each kind of stage of finished recipes, side by side, from their ledgers."""
 
 import argparse
 import json
@@ -15,14 +15,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("workdirs", nargs="+", type=Path, help="of `memphis rounds`")
     args = parser.parse_args(argv)
     runs = [seconds_by_kind(workdir) for workdir in args.workdirs]
-    table = Table()
-    for header in ("stage (how often)", *(workdir.name for workdir in args.workdirs)):
-        table.add_column(header, justify="left" if header.startswith("stage") else "right")
+    table = Table(title="seconds of one stage (how many there were)")
+    for header in ("stage", *(workdir.name for workdir in args.workdirs)):
+        table.add_column(header, justify="left" if header == "stage" else "right")
     for kind in dict.fromkeys(kind for run in runs for kind in run):
-        most = max(len(run[kind]) for run in runs)
-        table.add_row(f"{kind} ({most})", *(f"{sum(run[kind]):.1f}" for run in runs))
-    table.add_row("in all", *(f"{sum(map(sum, run.values())):.1f}" for run in runs))
+        table.add_row(kind, *(_cell(run[kind]) for run in runs))
+    totals = (sum(map(sum, run.values())) for run in runs)
+    table.add_row("in all", *(f"{total:.0f}" for total in totals))
     Console().print(table)
+
+
+def _cell(seconds: list[float]) -> str:
+    return f"{sum(seconds) / len(seconds):.1f} ({len(seconds)})" if seconds else ""
 
 
 def seconds_by_kind(workdir: Path) -> dict[str, list[float]]:
