@@ -324,7 +324,8 @@ class Job:
 
     def kill_on_host(self) -> None:
         """kill -9 of the worker and of its supervisor, as a restart of the host would."""
-        os.killpg(int((self.jobs()[0] / "pid").read_text()), signal.SIGKILL)
+        started = [folder / "pid" for folder in self.jobs() if (folder / "pid").exists()]
+        os.killpg(int(started[0].read_text()), signal.SIGKILL)  # a refused job has a folder too
 
     def check_complete(self) -> None:
         rows = [{"id": f"q{n}", "text": f"abcp{n}"} for n in range(self.count)]
