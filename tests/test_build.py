@@ -218,8 +218,11 @@ def test_a_killed_tokenising_process_ends_the_build_with_one_line(
         pytest.raises(RuntimeError, match="one of 2 tokenising processes was killed") as error,
         build._encoder(world / "tokenizer", SEQ_LEN, 10**6) as encode,
     ):
-        found = iter(encode([item(number)] * 500 for number in range(400)))
-        assert len(next(iter(found))) == 500
+        # Long to encode and a short reason as the answer: a worker that is killed amid a long one
+        # leaves half of it in the pipe, for whose rest concurrent.futures waits for ever.
+        slow = {**item(0), "rationale": "so " * 60_000}
+        found = iter(encode([[item(0)], *([slow] * 4 for _ in range(40))]))
+        assert len(next(found)) == 1
         workers = multiprocessing.active_children()
         assert len(workers) == 2
         workers[0].kill()
