@@ -494,6 +494,7 @@ def test_ctrl_c_of_a_recipe_stops_the_job_there_too(job: Job) -> None:
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=10)
     wait_for(lambda: not job.is_running(), "the end of the job")
+    assert (job.jobs()[0] / "exit").read_text() == "143\n"  # stopped, not killed
 
 
 @pytest.mark.parametrize("how", ["cut", "kill -9"])

@@ -27,7 +27,13 @@ from memphis_jax.rounds.questions import (
     read_questions,
     rescored,
 )
-from memphis_jax.rounds.requests import NEUTRAL, Output, Request
+from memphis_jax.rounds.requests import (
+    NEUTRAL,
+    Output,
+    Request,
+    add_sampling_options,
+    check_sampling_options,
+)
 from memphis_jax.rounds.shards import run_shards
 from memphis_jax.versions import versions
 
@@ -60,35 +66,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # run_shards takes --data-parallel out of the words
     )
+    add_sampling_options(parser)
     add = parser.add_argument
     add("--model", required=True, type=Path, help="HF folder with its certificate")
-    add("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
-    add("--out", required=True, type=Path, help="folder for blocks and completions.jsonl")
-    add("--num-samples", type=int, default=8, help="answers per question")
-    add("--temperature", type=float, default=0.5, help="0 = greedy")
-    add("--top-p", type=float, default=0.8, help="share of probability kept")
-    add("--max-new-tokens", type=int, default=512, help="EOS included")
-    add("--num-questions", type=int, default=0, help="random share of the questions; 0 = all")
-    add("--seed", type=int, default=0, help="of the share and of the sampling")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     add("--rescore", type=int, default=64, help="completions written with token ids and logprobs")
-    add("--batch-questions", type=int, default=64, help="questions in a published block")
     add("--tensor-parallel-size", type=int, default=1, help="GPUs that share one model")
     places = parser.add_mutually_exclusive_group()
     one = "only every K-th question, from the I-th"
     places.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/K", help=one)
     places.add_argument("--data-parallel", type=int, default=1, help="processes, one shard each")
     places.add_argument("--gather", type=int, default=0, metavar="K", help="only merge K shards")
-    add("--replace", action="store_true", help="delete what --out has of other weights or settings")
     add("--uncertified", action="store_true", help="take a folder without a valid certificate")
     args = parser.parse_args(argv)
-    sizes = ("num_samples", "max_new_tokens", "batch_questions", "tensor_parallel_size")
-    for name in (*sizes, "data_parallel", "num_questions", "rescore", "gather"):
-        least = int(name in (*sizes, "data_parallel"))
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is under {least}")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error(f"--temperature {args.temperature} must be >= 0, --top-p {args.top_p} in 0..1")
+    check_sampling_options(parser, args)
+    least = {"tensor_parallel_size": 1, "data_parallel": 1, "num_questions": 0}
+    for name, value in {**least, "rescore": 0, "gather": 0}.items():
+        if getattr(args, name) < value:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is under {value}")
     return args
 
 

@@ -1,5 +1,10 @@
-"""What the worker asks an engine for, and what it gets back. No jax, no vLLM."""
+"""What is asked of an engine, on the command line and by the worker, and what comes back.
 
+No jax, no vLLM.
+"""
+
+import argparse
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -32,3 +37,27 @@ NEUTRAL: dict[str, Any] = {
     "skip_special_tokens": False,
     "include_stop_str_in_output": False,
 }
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that both engines take, with the same defaults."""
+    add = parser.add_argument
+    add("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
+    add("--out", required=True, type=Path, help="folder for blocks and completions.jsonl")
+    add("--num-samples", type=int, default=8, help="answers per question")
+    add("--temperature", type=float, default=0.5, help="0 = greedy")
+    add("--top-p", type=float, default=0.8, help="share of probability kept")
+    add("--max-new-tokens", type=int, default=512, help="EOS included")
+    add("--num-questions", type=int, default=0, help="random share of the questions; 0 = all")
+    add("--seed", type=int, default=0, help="of the share and of the sampling")
+    add("--batch-questions", type=int, default=64, help="questions in a published block")
+    add("--replace", action="store_true", help="delete what --out has of other weights or settings")
+
+
+def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with the parser's error for a value that nothing can be sampled with."""
+    for name in ("num_samples", "max_new_tokens", "batch_questions"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error(f"--temperature {args.temperature} must be >= 0, --top-p {args.top_p} in 0..1")

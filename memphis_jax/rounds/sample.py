@@ -24,6 +24,7 @@ from memphis_jax.rounds.questions import (
     read_questions,
     row_number,
 )
+from memphis_jax.rounds.requests import add_sampling_options, check_sampling_options
 from memphis_jax.versions import versions
 
 Row = dict[str, Any]
@@ -123,24 +124,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "with the same --out, it goes on after the last published block.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_sampling_options(parser)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="as `memphis train` writes")
-    add("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
-    add("--out", required=True, type=Path, help="folder for blocks and completions.jsonl")
-    add("--num-samples", type=int, default=8, help="answers per question")
-    add("--temperature", type=float, default=0.5, help="0 = greedy")
-    add("--top-p", type=float, default=0.8, help="share of probability kept")
-    add("--max-new-tokens", type=int, default=512, help="EOS included")
-    add("--num-questions", type=int, default=0, help="random share of the questions; 0 = all")
-    add("--seed", type=int, default=0, help="of the share and of the sampling")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of compute")
-    add("--batch-questions", type=int, default=64, help="questions in a published block")
-    add("--replace", action="store_true", help="delete what --out has of other weights or settings")
     add("--batch-size", type=int, default=64, help="sequences decoded at once")
     args = parser.parse_args(argv)
-    for name in ("num_samples", "max_new_tokens", "batch_questions", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error(f"--temperature {args.temperature} must be >= 0, --top-p {args.top_p} in 0..1")
+    check_sampling_options(parser, args)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size} must be 1 or more")
     return args
