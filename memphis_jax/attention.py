@@ -1,0 +1,200 @@
+"""Which attention kernel a step is compiled with: splash on TPU, cuDNN on GPU, XLA elsewhere.
+
+`pick_attention` gives the callable that `StableLM.hidden` takes. Every kernel here computes what
+`model.causal_attention` does, causal inside segments; one that cannot raises, it never trains on
+another mask. Imports `config` and `model`.
+
+Axis letters: B batch, T position, N heads, K kv-heads, H head dim.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from memphis_jax.config import ConfigError
+from memphis_jax.model import causal_attention
+
+# attention(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], segment_ids [B,T] int32 or None) -> [B,T,N,H]
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # the one that each kernel is written for
+BLOCKS = (512, 384, 256, 128)  # positions in a tile of splash; 512 is what MaxText uses
+CUDNN_HEAD_DIM = 128  # the most that a GPU before Hopper takes
+BATCH = ("data", "fsdp")  # mesh axes over which rows are split
+
+
+def pick_attention(
+    name: str,
+    platform: str,
+    mesh: Mesh,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    seq_len: int,
+    dtype: str = "bfloat16",
+) -> Attention:
+    """The attention kernel called `name`, or for "auto" the best one that can do the work.
+
+    Args:
+      name: "splash" (Pallas, TPU), "cudnn" (GPU), "xla" (anywhere; scores of 128 queries exist at
+        once) or "auto": splash or cuDNN on its platform where it can, else xla.
+      platform: what the step is compiled for, "tpu", "gpu" or "cpu"; "cuda" and "rocm" are GPUs.
+      mesh: axes `data` and `fsdp` split rows, `model` splits heads; splash and cuDNN run under
+        shard_map over it.
+      num_heads, num_kv_heads, head_dim, seq_len: N, K, H, T of the model and its rows.
+      dtype: of q, k and v.
+
+    Returns:
+      attention(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], segment_ids [B,T] int32 or None) ->
+      [B,T,N,H]:  softmax(q k^T / sqrt(H)) v over keys of the same segment that are not later.
+      The kernels' outputs and row statistics bear the name "attention", for remat policies.
+
+    Raises:
+      ConfigError: `name` is unknown, or that kernel cannot do this; names value and fix.
+    """
+    obstacles = partial(
+        _obstacle,
+        platform="gpu" if platform in ("cuda", "rocm") else platform,
+        rocm=platform == "rocm",
+        mesh=mesh,
+        heads=(num_heads, num_kv_heads),
+        head_dim=head_dim,
+        seq_len=seq_len,
+        dtype=dtype,
+    )
+    if name == "auto":
+        name = next((kernel for kernel in PLATFORM if not obstacles(kernel)), "xla")
+    elif name in PLATFORM and (obstacle := obstacles(name)):
+        raise ConfigError(f"compute.attention = {name!r}: {obstacle}")
+    if name == "xla":
+        return causal_attention
+    if name == "splash":
+        return splash_attention(mesh, num_heads, seq_len)
+    if name == "cudnn":
+        return cudnn_attention(mesh)
+    raise ConfigError(
+        f"compute.attention = {name!r} is not one of 'auto', 'xla', 'splash', 'cudnn'"
+    )
+
+
+def _obstacle(
+    kernel: str,
+    *,
+    platform: str,
+    rocm: bool,
+    mesh: Mesh,
+    heads: tuple[int, int],
+    head_dim: int,
+    seq_len: int,
+    dtype: str,
+) -> str:
+    """Why `kernel` cannot do this, with the way out; "" if it can."""
+    if platform != PLATFORM[kernel]:
+        return f"it needs a {PLATFORM[kernel].upper()}, this step is for {platform}; use 'auto'"
+    for field, count in zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True):
+        if count % mesh.shape["model"]:
+            return (
+                f"{field} = {count} is not divisible by mesh.model = {mesh.shape['model']}; "
+                "use a divisor, or 'xla'"
+            )
+    if kernel == "splash":
+        kind = mesh.devices.flat[0].device_kind
+        if kind.startswith(("TPU v2", "TPU v3")):
+            return f"it does not compile for {kind}; use a v4 or newer, or 'xla'"
+        if seq_len % BLOCKS[-1]:
+            return f"seq_len = {seq_len} is not a multiple of {BLOCKS[-1]}; round it up, or 'xla'"
+        return ""
+    if rocm or not _has_cudnn():
+        return "JAX finds no cuDNN here; install 'memphis-jax[cuda12]', or use 'xla'"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it does not take compute.dtype = {dtype!r}; use 'bfloat16', or 'xla'"
+    if head_dim % 8 or head_dim > CUDNN_HEAD_DIM:
+        return f"head_dim = {head_dim} is not a multiple of 8 up to {CUDNN_HEAD_DIM}; use 'xla'"
+    if seq_len % 2:
+        return f"seq_len = {seq_len} is odd; round it up, or 'xla'"
+    return ""
+
+
+def _has_cudnn() -> bool:
+    from jax._src.lib import cuda_versions
+
+    return cuda_versions is not None
+
+
+def splash_attention(
+    mesh: Mesh, num_heads: int, seq_len: int, *, interpret: bool = False
+) -> Attention:
+    """Splash attention (flash attention on TPU that skips masked blocks) under shard_map.
+
+    Forward and backward hold one tile of scores. Segment ids mask inside the kernel; only the
+    causal part skips work. head_dim needs no padding. interpret=True runs it anywhere, slowly, for
+    tests. Source: jax.experimental.pallas.ops.tpu.splash_attention, which applies no scale.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = next(size for size in BLOCKS if seq_len % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    local_heads = num_heads // mesh.shape["model"]
+    with jax.ensure_compile_time_eval():  # a step that is being traced may ask for it
+        kernel = splash.make_splash_mha(
+            mask=masks.MultiHeadMask([masks.CausalMask((seq_len, seq_len))] * local_heads),
+            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name="attention",
+            interpret=interpret,
+        )
+        # Constants of the program, not of this process's device: it may run on another.
+        kernel = jax.tree.map(np.asarray, kernel)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+        q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))  # [B, heads, T, H]
+        ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
+        return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+
+    return _sharded(mesh, attend)
+
+
+def cudnn_attention(mesh: Mesh) -> Attention:
+    """cuDNN's fused attention under shard_map, the mask given as a bias [B, 1, T, T] in q's dtype.
+
+    Its own packed layout would need the number of segments; a bias of 2 T^2 bytes per row does not.
+    """
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        if segment_ids is None:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, T]
+        mask = same & jnp.tri(q.shape[1], dtype=bool)
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return jax.ad_checkpoint.checkpoint_name(out, "attention")
+
+    return _sharded(mesh, attend)
+
+
+def _sharded(mesh: Mesh, attend: Attention) -> Attention:
+    """`attend` on every device's own rows and heads: neither meets another device's."""
+    heads, ids = P(BATCH, None, "model", None), P(BATCH, None)
+
+    def attention(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        return jax.shard_map(
+            attend, mesh=mesh, in_specs=(heads, heads, heads, ids), out_specs=heads, check_vma=False
+        )(q, k, v, segment_ids)
+
+    return attention

@@ -1,0 +1,117 @@
+"""Kernels of attention: equal to XLA's, refused where they cannot be, compiled for a TPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from memphis_jax.attention import pick_attention, splash_attention
+from memphis_jax.config import ConfigError
+from memphis_jax.model import causal_attention
+from tests.helpers import assert_close
+
+LENGTH = 256
+
+
+def cpu_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> Mesh:
+    return mesh_of(jax.devices("cpu"), data, fsdp, model)
+
+
+def mesh_of(devices: Any, data: int, fsdp: int, model: int) -> Mesh:
+    grid = np.array(devices)[: data * fsdp * model].reshape(data, fsdp, model)
+    return Mesh(grid, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def packed_ids(rows: int) -> jax.Array:
+    """Segments of unequal length that cross blocks of 128, padding at the end, one row full."""
+    lengths = [[70, 1, 131, 40], [256], [128, 100], [3, 200, 53]]
+    ids = np.zeros((rows, LENGTH), np.int32)
+    for row in range(rows):
+        start = 0
+        for segment, length in enumerate(lengths[row % 4], start=1):
+            ids[row, start : start + length] = segment
+            start += length
+    return jnp.asarray(ids)
+
+
+def random_qkv(rows: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    return {
+        name: jnp.asarray(rng.standard_normal((rows, LENGTH, count, head_dim), "float32"))
+        for name, count in shapes.items()
+    }
+
+
+def output_and_gradients(attention: Any, qkv: dict[str, jax.Array], ids: Any) -> Any:
+    """A loss that leaves out padding, as training does."""
+
+    def loss(qkv: dict[str, jax.Array]) -> Any:
+        out = attention(qkv["q"], qkv["k"], qkv["v"], ids)
+        if ids is not None:
+            out = jnp.where((ids > 0)[..., None, None], out, 0.0)
+        return jnp.sin(out).sum(), out
+
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(qkv)
+    return {"out": out, **gradients}
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "packed", "mesh"),
+    [(4, True, (1, 1, 1)), (2, True, (1, 1, 1)), (4, False, (1, 1, 1)), (2, True, (2, 2, 2))],
+)
+def test_splash_equals_xla(kv_heads: int, packed: bool, mesh: tuple[int, int, int]) -> None:
+    """Output and gradients, head_dim 80, kv-heads shared or not, one device or eight."""
+    qkv = random_qkv(4 if mesh[0] > 1 else 2, 4, kv_heads, 80)
+    ids = packed_ids(qkv["q"].shape[0]) if packed else None
+    splash = splash_attention(cpu_mesh(*mesh), 4, LENGTH, interpret=True)
+    expected = output_and_gradients(causal_attention, qkv, ids)
+    assert_close(output_and_gradients(splash, qkv, ids), expected)
+
+
+def test_splash_under_remat_equals_xla() -> None:
+    """Also where a policy keeps the kernel's own residuals, and made while a step is traced."""
+    qkv, ids = random_qkv(2, 4, 4, 16), packed_ids(2)
+
+    def attend(*args: Any) -> jax.Array:
+        splash = splash_attention(cpu_mesh(), 4, LENGTH, interpret=True)
+        policy = jax.checkpoint_policies.save_only_these_names("attention")
+        return jax.checkpoint(splash, policy=policy)(*args)
+
+    expected = output_and_gradients(causal_attention, qkv, ids)
+    assert_close(output_and_gradients(attend, qkv, ids), expected)
+
+
+SHAPE = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 80, "seq_len": 256}
+
+
+def test_auto_follows_the_platform_and_what_the_kernel_can_do() -> None:
+    """A step for a TPU gets splash on any machine; rows that splash cannot tile get XLA."""
+    mesh = cpu_mesh()
+    assert pick_attention("auto", "cpu", mesh, **SHAPE) is causal_attention
+    assert pick_attention("auto", "tpu", mesh, **SHAPE) is not causal_attention
+    assert pick_attention("auto", "tpu", mesh, **SHAPE | {"seq_len": 200}) is causal_attention
+    assert pick_attention("auto", "gpu", mesh, **SHAPE, dtype="float32") is causal_attention
+    assert pick_attention("xla", "tpu", mesh, **SHAPE) is causal_attention
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "change", "message"),
+    [
+        ("flash", "tpu", {}, "'flash' is not one of 'auto', 'xla', 'splash', 'cudnn'"),
+        ("splash", "gpu", {}, "needs a TPU, this step is for gpu; use 'auto'"),
+        ("cudnn", "tpu", {}, "needs a GPU, this step is for tpu; use 'auto'"),
+        ("splash", "tpu", {"seq_len": 200}, "seq_len = 200 is not a multiple of 128; round it up"),
+        ("splash", "tpu", {"num_kv_heads": 1}, "num_key_value_heads = 1 is not divisible by "),
+        ("splash", "tpu", {"num_heads": 9}, "num_attention_heads = 9 is not divisible by "),
+        ("cudnn", "rocm", {}, "JAX finds no cuDNN here; install"),
+    ],
+)
+def test_a_kernel_that_cannot_raises(
+    name: str, platform: str, change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pick_attention(name, platform, cpu_mesh(model=2), **SHAPE | change)
