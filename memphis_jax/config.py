@@ -171,15 +171,27 @@ class StartConfig:
     hf_folder: str = ""
 
 
+# What of a layer's forward pass is kept for the backward pass, from most to least.
+REMAT = {
+    "none": "everything",
+    "dots": "every matmul's result",
+    "attention": "the attention's output",
+    "full": "nothing but the layer's input",
+}
+ATTENTION = ("auto", "xla", "splash", "cudnn")
+
+
 @dataclass(frozen=True)
 class ComputeConfig:
     dtype: str = "float32"  # of activations and matmuls; parameters and losses stay float32
-    remat: str = "full"  # "full": recompute each layer in the backward pass; "none"
-    logprob_chunk: int = 1024  # tokens whose logits exist at once
+    remat: str = "full"  # what the backward pass recomputes: REMAT
+    attention: str = "auto"  # ATTENTION; "auto" = the fastest that honours segments, by platform
+    logprob_chunk: int = 1024  # tokens whose logits exist at once, on each device
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("remat", self.remat, ("full", "none"))
+        _one_of("remat", self.remat, tuple(REMAT))
+        _one_of("attention", self.attention, ATTENTION)
         _positive(self, "logprob_chunk")
 
 
@@ -320,6 +332,73 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis; -1, for one of them at most, takes what is left."""
+
+    data: int = 1  # whole copies of the model; several TPU slices lie along it
+    fsdp: int = -1  # devices that share parameters and optimizer state, each with rows of its own
+    model: int = 1  # devices that share the heads, the MLP and the positions of a row
+
+    def __post_init__(self) -> None:
+        axes = dataclasses.asdict(self)
+        for name, size in axes.items():
+            _require(size == -1 or size > 0, f"{name} = {size} must be 1 or more, or -1 (the rest)")
+        _require(
+            list(axes.values()).count(-1) <= 1, f"mesh {axes}: only one axis can take the rest (-1)"
+        )
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """{axis: size} for so many devices. Raises ConfigError where they do not fit."""
+        axes = dataclasses.asdict(self)
+        given = math.prod(size for size in axes.values() if size != -1)
+        if -1 in axes.values():
+            _require(
+                num_devices % given == 0,
+                f"mesh {axes}: {num_devices} devices do not divide by {given}; set the axes so "
+                "that their product does",
+            )
+            return {name: num_devices // given if n == -1 else n for name, n in axes.items()}
+        _require(
+            given == num_devices,
+            f"mesh {axes} needs {given} devices, there are {num_devices}; set one axis to -1",
+        )
+        return axes
+
+
+def check_mesh(
+    model: ModelConfig, mesh: Mapping[str, int], phases: Mapping[str, PhaseConfig]
+) -> None:
+    """Raises ConfigError where a model or a phase does not divide over a mesh {axis: size}."""
+    fsdp, parts = mesh["fsdp"], mesh["model"]
+    for name, axes in (
+        ("num_attention_heads", ("model",)),
+        ("num_key_value_heads", ("model",)),
+        ("hidden_size", ("fsdp", "model")),
+        ("intermediate_size", ("fsdp", "model")),
+    ):
+        for axis in axes:
+            value = getattr(model, name)
+            _require(
+                value % mesh[axis] == 0,
+                f"{name} = {value} is not divisible by mesh.{axis} = {mesh[axis]}; choose a "
+                f"mesh.{axis} that divides it",
+            )
+    shards = mesh["data"] * fsdp
+    for phase, settings in phases.items():
+        micro = settings.batch_size // settings.accumulation
+        _require(
+            micro % shards == 0,
+            f"{phase}: a micro-batch of {micro} (batch_size {settings.batch_size} / accumulation "
+            f"{settings.accumulation}) is not divisible by mesh.data x mesh.fsdp = {shards}; "
+            "change batch_size, accumulation or the mesh",
+        )
+        _require(
+            settings.seq_len % parts == 0,
+            f"{phase}.seq_len = {settings.seq_len} is not divisible by mesh.model = {parts}",
+        )
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     engine: str = "jax"  # "jax": the embedded sampler; "vllm": from exported weights
     python: str = ".venv-vllm/bin/python"  # vllm: the interpreter that has it
@@ -371,6 +450,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     start: StartConfig = field(default_factory=StartConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)

@@ -17,43 +17,42 @@ def token_logprobs(
 ) -> jax.Array:
     """log softmax(hidden @ head)[targets], without ever holding the [B, T, V] logits.
 
-    Scans over chunks of `chunk_size` tokens and recomputes each chunk's logits in the backward
-    pass, so that chunk_size * V logits exist at once.
+    Scans over chunks of positions, the same of every row, and recomputes each chunk's logits in the
+    backward pass: about chunk_size * V logits exist at once. Rows that lie on several devices stay
+    where they are.
 
     Args:
       hidden: [B, T, D], any float dtype; the matmul runs in it and accumulates in float32.
       head: [D, V].
       targets: [B, T] int32 in [0, V).
-      chunk_size: tokens per chunk; any positive number, the last chunk is padded.
+      chunk_size: tokens per chunk, of all B rows; at least one position of each is taken.
 
     Returns:
       [B, T] float32.
     """
-    shape, dim = targets.shape, hidden.shape[-1]
-    num_tokens = targets.size
-    chunk_size = min(chunk_size, num_tokens)
-    num_chunks = -(-num_tokens // chunk_size)
-    pad = num_chunks * chunk_size - num_tokens
-    flat_hidden = jnp.pad(hidden.reshape(num_tokens, dim), ((0, pad), (0, 0)))
-    flat_targets = jnp.pad(targets.reshape(num_tokens), (0, pad))
+    rows, length = targets.shape
+    width = min(max(chunk_size // rows, 1), length)  # positions in a chunk
+    num_chunks = -(-length // width)
+    pad = num_chunks * width - length
     head = head.astype(hidden.dtype)
 
     @jax.checkpoint
     def chunk_logprobs(chunk_hidden: jax.Array, chunk_targets: jax.Array) -> jax.Array:
         logits = jnp.matmul(chunk_hidden, head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, chunk_targets[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(logits, chunk_targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     if num_chunks == 1:
-        logprobs = chunk_logprobs(flat_hidden, flat_targets)
-    else:
-        chunks = (
-            flat_hidden.reshape(num_chunks, chunk_size, dim),
-            flat_targets.reshape(num_chunks, chunk_size),
-        )
-        _, stacked = jax.lax.scan(lambda _, c: (None, chunk_logprobs(*c)), None, chunks)
-        logprobs = stacked.reshape(-1)
-    return logprobs[:num_tokens].reshape(shape)
+        return chunk_logprobs(hidden, targets)
+
+    def chunks(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, width, ...]
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(rows, num_chunks, width, *x.shape[2:]).swapaxes(0, 1)
+
+    _, stacked = jax.lax.scan(
+        lambda _, chunk: (None, chunk_logprobs(*chunk)), None, (chunks(hidden), chunks(targets))
+    )
+    return stacked.swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
 def cross_entropy(logprobs: jax.Array, where: jax.Array) -> SumWeight:

@@ -11,11 +11,12 @@ kv-head, H head dim, D model, F mlp, V vocabulary, L layer.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from memphis_jax.config import ModelConfig
 
@@ -129,6 +130,32 @@ def causal_attention(
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
+class Ops(NamedTuple):
+    """What a mesh of devices computes another way, or lays out; the values are the same.
+
+    `memphis_jax.parallel` makes those of a mesh; the defaults are for one device.
+    """
+
+    # table [V, D], tokens [B, T] -> [B, T, D]
+    lookup: Callable[[jax.Array, jax.Array], jax.Array] = lambda table, tokens: table[tokens]
+    # x, kind of activation -> x, laid out as that kind lies
+    constrain: Callable[[jax.Array, str], jax.Array] = lambda x, _: x
+    # q [B, T, N, H], k, v [B, T, K, H], segment_ids [B, T] -> [B, T, N, H], causal in segments
+    attention: Callable[..., jax.Array] = causal_attention
+    num_shards: int = 1  # devices that have rows of their own
+
+
+ONE_DEVICE = Ops()
+
+
+# What is kept for the backward pass, by the name of the policy (config.REMAT).
+POLICIES: dict[str, Any] = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
         keys = jax.random.split(key, 4)
@@ -143,15 +170,18 @@ class Attention(nnx.Module):
         self.q_layernorm = norm(config.num_attention_heads) if config.qk_layernorm else None
         self.k_layernorm = norm(config.num_key_value_heads) if config.qk_layernorm else None
 
-    def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).reshape(heads)  # [B, T, N, H]
-        k = self.k_proj(x).reshape(heads)  # [B, T, K, H]
-        v = self.v_proj(x).reshape(heads)
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, attend: Attend, constrain: Any
+    ) -> tuple[jax.Array, Any]:
+        def heads(y: jax.Array) -> jax.Array:  # [B, T, heads * H] -> [B, T, heads, H]
+            return constrain(y.reshape(*x.shape[:2], -1, self.head_dim), "heads")
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         out, cache = attend(rotary(q), rotary(k), v)
-        return self.o_proj(out.reshape(x.shape)), cache
+        out = checkpoint_name(out.reshape(x.shape), "attention")
+        return self.o_proj(out), cache
 
 
 class MLP(nnx.Module):
@@ -165,8 +195,9 @@ class MLP(nnx.Module):
         self.down_proj = Linear(keys[2], (inner, dim), std=std)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, constrain: Any) -> jax.Array:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [B, T, F]
+        return self.down_proj(constrain(ACTIVATIONS[self.hidden_act](gate) * up, "mlp"))
 
 
 class Block(nnx.Module):
@@ -183,13 +214,16 @@ class Block(nnx.Module):
             else LayerNorm(config.hidden_size, config.layer_norm_eps)
         )
 
-    def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, attend: Attend, constrain: Any = ONE_DEVICE.constrain
+    ) -> tuple[jax.Array, Any]:
         normed = self.input_layernorm(x)
-        attended, cache = self.self_attn(normed, rotary, attend)
+        attended, cache = self.self_attn(normed, rotary, attend, constrain)
         if self.post_attention_layernorm is None:
-            return x + attended + self.mlp(normed), cache
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+            return constrain(x + attended + self.mlp(normed, constrain), "residual"), cache
+        x = constrain(x + attended, "residual")
+        y = self.mlp(self.post_attention_layernorm(x), constrain)
+        return constrain(x + y, "residual"), cache
 
 
 class StableLM(nnx.Module):
@@ -207,9 +241,11 @@ class StableLM(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(head_key, shape[::-1], std=std)
 
-    def embed(self, tokens: jax.Array, dtype: jnp.dtype | str = jnp.float32) -> jax.Array:
+    def embed(
+        self, tokens: jax.Array, dtype: jnp.dtype | str = jnp.float32, ops: Ops = ONE_DEVICE
+    ) -> jax.Array:
         """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, the dtype of all that follows."""
-        return self.embed_tokens[...].astype(dtype)[tokens]
+        return ops.lookup(self.embed_tokens[...].astype(dtype), tokens)
 
     def rotary(self, positions: jax.Array) -> Rotary:
         return Rotary(positions, self.config.rotary_dim, self.config.rope_theta)
@@ -221,22 +257,23 @@ class StableLM(nnx.Module):
         segment_ids: jax.Array | None,
         *,
         remat: str = "none",
+        ops: Ops = ONE_DEVICE,
     ) -> jax.Array:
         """Embeddings [B, T, D] of packed rows through all layers and the final norm, [B, T, D].
 
-        See `causal_attention` for segment_ids; positions [B, T] restart in every segment.
-        remat="full" recomputes each layer in the backward pass.
+        See `causal_attention` for segment_ids; positions [B, T] restart in every segment. `remat`
+        names what the backward pass does not recompute (`config.REMAT`).
         """
         rotary = self.rotary(positions)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return causal_attention(q, k, v, segment_ids), None
+            return ops.attention(q, k, v, segment_ids), None
 
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(x, rotary, attend)
+            return block(x, rotary, attend, ops.constrain)
 
-        if remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
+        if remat != "none":
+            body = jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
         return self.norm(jax.lax.scan(body, embeddings, self.layers)[0])
 
     def head(self) -> jax.Array:

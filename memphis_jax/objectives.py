@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from memphis_jax import losses
-from memphis_jax.model import StableLM
+from memphis_jax.model import ONE_DEVICE, Ops, StableLM
 from memphis_jax.neftune import neftune_noise
 
 Arrays = dict[str, jax.Array]
@@ -29,13 +29,20 @@ def packed_logprobs(
     dtype: str,
     remat: str,
     logprob_chunk: int,
+    ops: Ops = ONE_DEVICE,
 ) -> jax.Array:
-    """Logprob [B, T] float32 of every target of a packed batch (`data.packing.pack_rows`)."""
-    x = model.embed(batch["tokens"], dtype)  # [B, T, D]
+    """Logprob [B, T] float32 of every target of a packed batch (`data.packing.pack_rows`).
+
+    `logprob_chunk` tokens of each device have their logits at once.
+    """
+    x = model.embed(batch["tokens"], dtype, ops)  # [B, T, D]
     if neftune_alpha > 0:
         x = neftune_noise(key, x, batch["segment_ids"], neftune_alpha)
-    x = model.hidden(x, batch["positions"], batch["segment_ids"], remat=remat)
-    return losses.token_logprobs(x, model.head(), batch["targets"], chunk_size=logprob_chunk)
+    x = ops.constrain(x, "residual")
+    x = model.hidden(x, batch["positions"], batch["segment_ids"], remat=remat, ops=ops)
+    x = ops.constrain(x, "whole")
+    chunk_size = logprob_chunk * ops.num_shards
+    return losses.token_logprobs(x, model.head(), batch["targets"], chunk_size=chunk_size)
 
 
 def sft_sums(

@@ -15,14 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from memphis_jax import checkpoint
-from memphis_jax.config import ComputeConfig, ConfigError, PhaseConfig, difference
+from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, PhaseConfig, difference
 from memphis_jax.data.loader import Loader
 from memphis_jax.metrics import MetricsWriter
-from memphis_jax.model import StableLM
+from memphis_jax.model import StableLM, abstract
 from memphis_jax.objectives import Arrays, Sums, SumsFn, objective_weights, rank_sums, sft_sums
 from memphis_jax.optimizer import combine, cosine_schedule, is_embedding, make_optimizer, partition
+from memphis_jax.parallel import make_ops
+from memphis_jax.sharding import state_sharding
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -59,6 +62,7 @@ def loss_and_gradients(
     *,
     sums_fn: SumsFn,
     coefficients: dict[str, float],
+    place: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[Sums, Any]:
     """(sums added over the micro-batches [A, ...], gradient of the whole batch's objective).
 
@@ -77,7 +81,7 @@ def loss_and_gradients(
 
     def micro_step(micro: Arrays, key: jax.Array) -> tuple[Sums, Any]:
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(trainable, micro, key)
-        return sums, gradients
+        return sums, place(gradients)
 
     micro_batches = batch["tokens"].shape[0]
     if micro_batches == 1:
@@ -101,12 +105,16 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     freeze: Callable[[str], bool],
+    place: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[TrainState, Arrays]:
-    """One optimizer step on a batch [A, ...]; a step that is not finite changes no weight."""
+    """One optimizer step on a batch [A, ...]; a step that is not finite changes no weight.
+
+    `place` lays a tree that is named like the state, gradients too, out as the state lies.
+    """
     trainable, frozen = partition(state.model, freeze)
     key = jax.random.fold_in(state.key, state.step)
     sums, gradients = loss_and_gradients(
-        trainable, frozen, batch, key, sums_fn=sums_fn, coefficients=coefficients
+        trainable, frozen, batch, key, sums_fn=sums_fn, coefficients=coefficients, place=place
     )
     metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
     loss = jnp.stack([c * metrics[name] for name, c in coefficients.items()]).sum()
@@ -133,16 +141,29 @@ def train_step(
         "skipped_in_a_row": new_state.skipped_in_a_row,
         "tokens": sums["padding_share"][1] - sums["padding_share"][0],
     }
-    return new_state, metrics | counters
+    return place(new_state), metrics | counters
 
 
 def make_step(
-    phase: str, settings: PhaseConfig, compute: ComputeConfig, num_steps: int
-) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The jitted `train_step` of a phase, "sft" or "rank"; it donates the state it is given."""
-    forward = dataclasses.asdict(compute) | {
+    phase: str,
+    settings: PhaseConfig,
+    compute: ComputeConfig,
+    num_steps: int,
+    mesh: Mesh | None = None,
+) -> Any:
+    """The jitted `train_step` of a phase, "sft" or "rank"; it donates the state it is given.
+
+    (state, batch) -> (state, metrics). On a mesh the state lies as `state_sharding` says, before
+    and after, and the batch as `batch_sharding` says; without one, on a single device. The devices
+    of the mesh may be those of a TPU that is only compiled for.
+    """
+    forward: dict[str, Any] = {
+        "dtype": compute.dtype,
+        "remat": compute.remat,
+        "logprob_chunk": compute.logprob_chunk,
         "neftune_alpha": settings.neftune_alpha,
         "mixce_eta": settings.mixce_eta,
+        "ops": make_ops(mesh, compute.attention),
     }
     coefficients = {"token": 1.0}
     if phase == "rank":
@@ -155,22 +176,45 @@ def make_step(
         optimizer=make_optimizer(optimizer),
         schedule=cosine_schedule(optimizer.learning_rate, num_steps, optimizer.warmup_ratio),
         freeze=is_embedding if optimizer.freeze_embeddings else lambda _: False,
+        place=(lambda tree: tree) if mesh is None else partial(_place, mesh=mesh),
     )
     return jax.jit(step, donate_argnums=0)
 
 
-def init_state(model: StableLM, settings: PhaseConfig, seed: int) -> TrainState:
-    """Step 0 on given weights, with fresh optimizer statistics."""
-    freeze = is_embedding if settings.optimizer.freeze_embeddings else lambda _: False
-    trainable, _ = partition(model, freeze)
-    zero = jnp.zeros([], jnp.int32)
-    return TrainState(
-        step=zero,
-        model=model,
-        opt_state=make_optimizer(settings.optimizer).init(trainable),
-        key=jax.random.PRNGKey(seed),
-        skipped=jnp.zeros_like(zero),
-        skipped_in_a_row=jnp.zeros_like(zero),
+def _place(tree: Any, mesh: Mesh) -> Any:
+    return jax.lax.with_sharding_constraint(tree, state_sharding(tree, mesh))
+
+
+def init_state(
+    model: StableLM, settings: PhaseConfig, seed: int, mesh: Mesh | None = None
+) -> TrainState:
+    """Step 0 on given weights, with fresh optimizer statistics; on a mesh, laid out over it."""
+
+    def rest(model: StableLM) -> dict[str, Any]:
+        freeze = is_embedding if settings.optimizer.freeze_embeddings else lambda _: False
+        trainable, _ = partition(model, freeze)
+        return {
+            "step": jnp.zeros([], jnp.int32),
+            "opt_state": make_optimizer(settings.optimizer).init(trainable),
+            "key": jax.random.PRNGKey(seed),
+            "skipped": jnp.zeros([], jnp.int32),
+            "skipped_in_a_row": jnp.zeros([], jnp.int32),
+        }
+
+    if mesh is None:
+        return TrainState(model=model, **rest(model))
+    # Without out_shardings the moments would be whole on every device.
+    shardings = state_sharding(jax.eval_shape(rest, model), mesh)
+    return TrainState(model=model, **jax.jit(rest, out_shardings=shardings)(model))
+
+
+def abstract_state(model: ModelConfig, settings: PhaseConfig, mesh: Mesh) -> TrainState:
+    """The TrainState of a model on a mesh as ShapeDtypeStruct with shardings: nothing allocated."""
+    shapes = jax.eval_shape(lambda m: init_state(m, settings, 0), abstract(model))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_sharding(shapes, mesh),
     )
 
 

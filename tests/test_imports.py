@@ -43,8 +43,6 @@ JAX_FREE = {
     "memphis_jax.rounds.shards",
     "memphis_jax.rounds.symbolic",
 }
-# These have their rows already and come with later issues.
-NOT_YET = {"memphis_jax.sharding"}
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 
@@ -142,7 +140,7 @@ for name in {modules!r}:
 def test_every_row_names_a_module() -> None:
     """A row whose module was renamed away would hold nothing."""
     rows = ALLOWED.keys() | JAX_FREE | CONVERT_MAY_IMPORT
-    assert rows - read_modules(REPO).keys() == NOT_YET
+    assert rows - read_modules(REPO).keys() == set()
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,15 @@ def rank_loader(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    row_multiple: int = 1,
 ) -> Loader:
     """Batches of `batch_size` groups: the arrays of `pack_groups` as [A, rows, T] and [A, G, R].
 
     A = `accumulation`, G = batch_size / A / process_count, rounded up: this host's share of every
     micro-batch, packed by itself, so that `candidate_rows` count within this host's rows. R is the
     most candidates of any group, and rows what the fullest share of the run needs on any host, so
-    that every step has one shape everywhere. Each epoch holds every group once, in an order of its
+    that every step has one shape everywhere, rounded up to `row_multiple`, the devices of a host
+    that divide them. Each epoch holds every group once, in an order of its
     own; its last batch is filled up with empty groups. Raises ValueError for no groups, for an
     example longer than `seq_len` + 1 tokens, and for sizes that do not divide.
     """
@@ -133,12 +135,13 @@ def rank_loader(
         for batch in _chunks(epoch_order(len(groups), seed, epoch), batch_size)
     ]
     shares = [_share(micro, process, process_count)[0] for process in range(process_count)]
+    fullest = max(
+        rows_needed(part[share], seq_len) for step in parts for part in step for share in shares
+    )
     pack = partial(
         pack_groups,
         seq_len=seq_len,
-        num_rows=max(
-            rows_needed(part[share], seq_len) for step in parts for part in step for share in shares
-        ),
+        num_rows=-(-fullest // row_multiple) * row_multiple,
         num_groups=num_groups,
         num_candidates=max(len(group.candidates) for group in groups),
     )
