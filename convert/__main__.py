@@ -9,6 +9,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from convert.hosts import Hosts
 
 EPILOG = """examples:
   python -m convert from-hf stablelm-3b-4e1t runs/base     HF folder -> checkpoint
@@ -17,6 +21,11 @@ EPILOG = """examples:
 
 HF is a local folder: config.json, *.safetensors (.bin: a pickle, never loaded), tokenizer.json.
 CKPT is a folder with checkpoints/STEP/ and tokenizer/: what from-hf writes, or a training workdir.
+
+several hosts: the same to-hf command on each, with JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID set as for jax.distributed, divides the tensors among them.
+CKPT and HF must be in a folder that all hosts see. A process that is missing, dead or silent for
+MEMPHIS_BARRIER_SECONDS (default 300) ends all, named, and nothing is published.
 """
 SIZE_UNITS = {
     "B": 1,
@@ -34,11 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # take no accelerator from a running training
     from convert.hf_folder import ConvertError
+    from convert.hosts import Hosts
     from memphis_jax.checkpoint import CheckpointError
 
-    commands = {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify}
     try:
-        return commands[args.command](args)
+        hosts = Hosts.of(os.environ)
+        if args.command == "to-hf":
+            return _to_hf(args, hosts)
+        if hosts.process:
+            print(f"{hosts.name(hosts.process)}: process 0 alone runs {args.command}")
+            return 0
+        return {"from-hf": _from_hf, "verify": _verify}[args.command](args)
     except (
         ConvertError,
         CheckpointError,
@@ -136,11 +151,13 @@ def _from_hf(args: argparse.Namespace) -> int:
     return 0
 
 
-def _to_hf(args: argparse.Namespace) -> int:
+def _to_hf(args: argparse.Namespace, hosts: "Hosts") -> int:
     from convert.to_hf import to_hf
 
     with _bar("to-hf") as progress:
-        done = to_hf(args.ckpt, args.hf, args.dtype, args.max_shard_size, progress)
+        done = to_hf(args.ckpt, args.hf, args.dtype, args.max_shard_size, progress, hosts)
+    if hosts.process:
+        return 0  # process 0 reports
     shards = [name for name in done["files"] if name.endswith(".safetensors")]
     print(
         f"{args.hf}: step {done['source']['step']}, {len(done['tensors'])} tensors in "

@@ -183,8 +183,7 @@ def published(target: Path, is_ours: Callable[[Path], bool], kind: str) -> Itera
         raise ConvertError(f"{target} is a file, a folder is needed")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise ConvertError(f"{target} is not empty and is not {kind}: name another folder")
-    names = (f".{target.name}.convert-{suffix}" for suffix in ("partial", "old"))
-    partial, old = map(target.with_name, names)
+    partial, old = partial_of(target), target.with_name(f".{target.name}.convert-old")
     for leftover in (partial, old):  # of a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -197,3 +196,9 @@ def published(target: Path, is_ours: Callable[[Path], bool], kind: str) -> Itera
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_of(target: Path) -> Path:
+    """The folder beside `target` in which `published` lets it grow."""
+    target = target.resolve()
+    return target.with_name(f".{target.name}.convert-partial")

@@ -1,9 +1,11 @@
 """Checkpoint folder -> HF folder that transformers and vLLM load, with a certificate.
 
-Tensors are streamed: memory holds about two stacked leaves of the checkpoint, never the model. The
-folder is written beside the target and published by rename, so a reader sees all of it or nothing.
+Tensors are streamed: memory holds the part of one stacked leaf whose layers share chunks of the
+checkpoint, never the model. Several processes (`convert.hosts`) divide the tensors by bytes, each
+writes files of its own. The folder is written beside the target and published by rename, so a
+reader sees all of it or nothing.
 
-conversion.json, the certificate:
+conversion.json, the certificate, is the same from any number of processes but for "files":
     format    1
     model     the ModelConfig
     dtype     what was asked for: "keep", "float32" or "bfloat16"
@@ -14,76 +16,30 @@ conversion.json, the certificate:
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
-from convert.hf_folder import DTYPES, INDEX, ConvertError, Progress, bits, published
-from convert.mapping import Place, places, transpose_into
-from memphis_jax.checkpoint import TOKENIZER_FILES, latest_step, read_meta
-from memphis_jax.config import ModelConfig, build
-from memphis_jax.model import abstract, flatten
+from convert.hf_folder import DTYPES, INDEX, ConvertError, Progress, partial_of, published
+from convert.hosts import ALONE, Hosts, Team, team_of
+from convert.mapping import Place
+from convert.plan import Plan, divide, make_plan
+from convert.weights import CODES, Checkpoint, open_checkpoint
+from memphis_jax.checkpoint import TOKENIZER_FILES
 
 CERTIFICATE = "conversion.json"
-CODES = {dtype.name: code for code, dtype in DTYPES.items()}  # "bfloat16" -> "BF16"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The weights in the latest step of a checkpoint folder, not yet read."""
-
-    folder: Path
-    step: int
-    config: ModelConfig
-    dtypes: dict[str, np.dtype]  # of each leaf
-
-    @property
-    def step_folder(self) -> Path:
-        return (self.folder / "checkpoints" / str(self.step)).absolute()
-
-    def read(self, leaf: str, dtype: np.dtype) -> np.ndarray:
-        """One leaf, rounded to nearest even where `dtype` is narrower than the saved one."""
-        args = ocp.args.PyTreeRestore(
-            item={leaf: 0},
-            restore_args={leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)},
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(self.step_folder / "params", args=args)[leaf]
-
-
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Opens the latest step, checking the names and shapes of its leaves against its own config.
-
-    Raises CheckpointError where there is no step, ConfigError for a model that this program does
-    not know, ConvertError naming every missing, unknown or misshapen leaf.
-    """
-    folder = Path(folder)
-    step = latest_step(folder)
-    config = build(ModelConfig, read_meta(folder, step)["model"], f"{folder}: model")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        path = (folder / "checkpoints" / str(step) / "params").absolute()
-        saved = checkpointer.metadata(path).item_metadata.tree
-    wanted = {leaf: tuple(array.shape) for leaf, array in flatten(abstract(config)).items()}
-    problems = [f"missing: {leaf}" for leaf in wanted if leaf not in saved]
-    problems += [f"unknown: {leaf}" for leaf in saved if leaf not in wanted]
-    for leaf in wanted.keys() & saved.keys():
-        shape, dtype = tuple(saved[leaf].shape), np.dtype(saved[leaf].dtype)
-        if shape != wanted[leaf]:
-            problems.append(f"wrong shape: {leaf} is {shape}, the config gives {wanted[leaf]}")
-        if dtype.name not in CODES:
-            problems.append(f"wrong dtype: {leaf} is {dtype.name}, not one of {', '.join(CODES)}")
-    if problems:
-        raise ConvertError(f"{folder} step {step} does not fit its config: {'; '.join(problems)}")
-    return Checkpoint(folder, step, config, {leaf: np.dtype(saved[leaf].dtype) for leaf in wanted})
+TOKEN = ".token"  # in the unfinished folder: shows that all processes see the same one
 
 
 def to_hf(
@@ -92,71 +48,40 @@ def to_hf(
     dtype: str = "keep",
     max_shard_size: int = 5 * 10**9,
     progress: Progress = lambda done, total: None,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Any]:
     """Exports the latest step of a checkpoint folder and returns the certificate.
 
     `max_shard_size` is in bytes of tensors per file. An existing `hf` is replaced only if it is an
-    earlier export. Raises what `open_checkpoint` raises, and ConvertError for an unfit target.
+    earlier export. With `hosts`, every process calls this with the same arguments and gets the
+    certificate once the folder is published; both folders must lie where all hosts see them.
+    Raises what `open_checkpoint` raises, and ConvertError for an unfit target or, in every process,
+    where one of them fails, dies or falls silent.
     """
-    source = open_checkpoint(checkpoint)
-    kinds = {leaf: own if dtype == "keep" else _dtype(dtype) for leaf, own in source.dtypes.items()}
-    table = places(source.config)
-    # Wide tensors first: every tensor then starts at a multiple of its own item size.
-    names = sorted(table, key=lambda name: -kinds[table[name].leaf].itemsize)
-    sizes = {n: int(np.prod(table[n].shape)) * kinds[table[n].leaf].itemsize for n in names}
-    shards = split(sizes, max_shard_size)
-    tensors: dict[str, Any] = {}
-    with published(Path(hf), is_export, f"an earlier export (no {CERTIFICATE})") as folder:
-        values = _values(source, {name: table[name] for name in names}, kinds)
-        for file, members in shards.items():
-            shapes = {n: (kinds[table[n].leaf].name, table[n].shape) for n in members}
-            with open(folder / file, "wb") as out:
-                out.write(safetensors_header(shapes))
-                for name in members:
-                    progress(len(tensors), len(names))
-                    tensors[name] = _append(out, next(values), *shapes[name])
-        progress(len(names), len(names))
-        if len(shards) > 1:
-            weight_map = {name: file for file, members in shards.items() for name in members}
-            total = {"total_size": sum(sizes.values())}
-            _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
-        _write_companions(folder, source, kinds)
-        certificate = {
-            "format": 1,
-            "model": dataclasses.asdict(source.config),
-            "dtype": dtype,
-            "tensors": tensors,
-            "files": hash_files(folder),
-            "coverage": _coverage(source, table, tensors),
-            "source": {
-                "checkpoint": str(source.folder.resolve()),
-                "step": source.step,
-                "sha256": hash_folder(source.step_folder),
-            },
-        }
-        _write_json(folder / CERTIFICATE, certificate)
+    with team_of(hosts, {"dtype": dtype, "max_shard_size": max_shard_size}) as team:
+        if hosts.process:
+            task = team.wait_for("task")[0]
+            source = open_checkpoint(checkpoint, task["step"])
+            plan = make_plan(source, dtype, max_shard_size, hosts.count)
+            folder = partial_of(Path(hf))
+            _check_shared(folder, task["token"], hosts.seconds / 2)
+            files = task["source_files"][hosts.process]
+            team.tell(part=_write_part(source, plan, folder, hosts.process, files, team.tick))
+            return team.wait_for("certificate")[0]
+        source = open_checkpoint(checkpoint)
+        plan = make_plan(source, dtype, max_shard_size, hosts.count)
+        with (
+            published(Path(hf), is_export, f"an earlier export (no {CERTIFICATE})") as folder,
+            team.parting_on_error(),  # nobody writes any more when the folder is removed
+        ):
+            certificate = _lead(source, plan, folder, team, progress)
+        team.part(certificate=certificate)
     return certificate
 
 
 def is_export(hf: Path) -> bool:
     """Whether a folder carries the certificate of an earlier `to_hf`."""
     return (hf / CERTIFICATE).is_file()
-
-
-def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """{file: its tensors}, in order, at most `limit` bytes each; a larger tensor is alone."""
-    shards: list[list[str]] = []
-    used = 0
-    for name, size in sizes.items():
-        if not shards or used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
@@ -181,54 +106,165 @@ def describe(value: np.ndarray, dtype: str, shape: tuple[int, ...]) -> dict[str,
     return {"dtype": dtype, "shape": list(shape), "sha256": hashlib.sha256(value.data).hexdigest()}
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """{path inside folder: sha256} of every file but the certificate, at any depth."""
+def hash_files(folder: Path, names: list[str] | None = None) -> dict[str, str]:
+    """{path inside folder: sha256} of the files named, or of all but the certificate."""
     hashes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name != CERTIFICATE:
-            with open(path, "rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name in list_files(folder) if names is None else names:
+        with open(folder / name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """{path inside folder: bytes} of every file but the certificate, at any depth, sorted."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return {name: size for name, size in sizes.items() if name != CERTIFICATE}
 
 
 def hash_folder(folder: Path) -> str:
     """sha256 over the lines `sha256  path` of all files of a folder, sorted by path."""
-    lines = (f"{digest}  {name}\n" for name, digest in hash_files(folder).items())
+    return _hash_of_hashes(hash_files(folder))
+
+
+def _hash_of_hashes(files: Mapping[str, str]) -> str:
+    lines = (f"{digest}  {name}\n" for name, digest in files.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def hf_view(leaf: np.ndarray, place: Place) -> np.ndarray:
-    """The bits of one HF tensor of a leaf, contiguous in HF's orientation."""
-    part = bits(leaf)[place.index]
-    if not place.transposed:
-        return np.ascontiguousarray(part)
-    out = np.empty(place.shape, part.dtype)
-    transpose_into(out, part)
-    return out
+def _lead(
+    source: Checkpoint, plan: Plan, folder: Path, team: Team, progress: Progress
+) -> dict[str, Any]:
+    """Process 0: writes its own part and all that is not tensors; returns the certificate."""
+    token = secrets.token_hex(16)
+    (folder / TOKEN).write_text(token)
+    source_files = list_files(source.step_folder)
+    owners = divide(source_files, team.hosts.count)
+    by_process = [[n for n in owners if owners[n] == p] for p in range(team.hosts.count)]
+    team.tell(task={"step": source.step, "token": token, "source_files": by_process})
+    mine = 0
+
+    def show() -> None:
+        progress(mine + sum(team.done.values()), len(plan.table))
+
+    def tick(done: int) -> None:
+        nonlocal mine
+        mine = done
+        team.tick(done)
+        show()
+
+    parts = {0: _write_part(source, plan, folder, 0, by_process[0], tick)}
+    parts |= team.wait_for("part", meanwhile=show)
+    tensors, files, hashes = (
+        {n: value for process in sorted(parts) for n, value in parts[process][kind].items()}
+        for kind in ("tensors", "files", "source_files")
+    )
+    progress(len(tensors), len(plan.table))
+    (folder / TOKEN).unlink()
+    _check_arrived(folder, {name: file["size"] for name, file in files.items()})
+    written = {name: file["sha256"] for name, file in files.items()}
+    if len(plan.files) > 1:
+        weight_map = {name: file for file, members in plan.files.items() for name in members}
+        total = {"total_size": sum(plan.sizes.values())}
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+    _write_companions(folder, source, plan.kinds)
+    others = [name for name in list_files(folder) if name not in written]
+    certificate = {
+        "format": 1,
+        "model": dataclasses.asdict(source.config),
+        "dtype": plan.dtype,
+        "tensors": tensors,
+        "files": dict(sorted((written | hash_files(folder, others)).items())),
+        "coverage": _coverage(source, plan.table, tensors),
+        "source": {
+            "checkpoint": str(source.folder.resolve()),
+            "step": source.step,
+            "sha256": _hash_of_hashes({name: hashes[name] for name in source_files}),
+        },
+    }
+    _write_json(folder / CERTIFICATE, certificate)
+    return certificate
+
+
+def _write_part(
+    source: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    process: int,
+    source_files: list[str],
+    tick: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    """Writes the files of one process and hashes `source_files`, for the certificate."""
+    tensors: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    mine = {name: place for name, place in plan.table.items() if plan.owners[name] == process}
+    values = _values(source, mine, plan.kinds)
+    for file, members in plan.files.items():
+        if plan.owners[members[0]] != process:
+            continue
+        shapes = {n: (plan.kinds[mine[n].leaf].name, mine[n].shape) for n in members}
+        header = safetensors_header(shapes)
+        digest = hashlib.sha256(header)
+        with open(folder / file, "xb") as out:
+            out.write(header)
+            for name in members:
+                tick(len(tensors))
+                value = next(values)
+                out.write(value.data)
+                digest.update(value.data)
+                tensors[name] = describe(value, *shapes[name])
+                del value  # before the next is read
+            files[file] = {"sha256": digest.hexdigest(), "size": out.tell()}
+    hashes: dict[str, str] = {}
+    for name in source_files:
+        tick(len(tensors))
+        hashes |= hash_files(source.step_folder, [name])
+    return {"tensors": tensors, "files": files, "source_files": hashes}
 
 
 def _values(
     source: Checkpoint, table: dict[str, Place], kinds: dict[str, np.dtype]
 ) -> Iterator[np.ndarray]:
-    """The bits of the tensors in the order of `table`, one leaf in memory at a time."""
-    current, leaf = "", np.empty(0)
-    for place in table.values():
-        if place.leaf != current:
-            del leaf  # before the next is read
-            current, leaf = place.leaf, source.read(place.leaf, kinds[place.leaf])
-        yield hf_view(leaf, place)
+    """The bits of the tensors in the order of `table`; those that share chunks are read at once."""
+    chunk_rows = functools.cache(source.chunk_rows)
+
+    def chunks(place: Place) -> tuple[str, int]:
+        return place.leaf, place.index[0] // chunk_rows(place.leaf) if place.index else 0
+
+    for (leaf, _), group in groupby(table.values(), chunks):
+        members = list(group)
+        first, last = members[0].index, members[-1].index
+        rows = range(first[0], last[0] + 1) if first else None
+        read = source.read(leaf, kinds[leaf], members[0].transposed, rows)
+        for place in members:
+            yield read[place.index[0] - first[0], *place.index[1:]] if first else read
+        del read  # before the next is read
 
 
-def _append(out: BinaryIO, value: np.ndarray, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    out.write(value.data)
-    return describe(value, dtype, shape)
+def _check_shared(folder: Path, token: str, seconds: float) -> None:
+    """Raises ConvertError unless this process sees the unfinished folder of process 0."""
+    if not _soon(lambda: (folder / TOKEN).read_text() == token, seconds):
+        raise ConvertError(
+            f"{folder} of process 0 is not seen here: the HF folder must lie where all hosts see it"
+        )
 
 
-def _dtype(name: str) -> np.dtype:
-    if name not in ("float32", "bfloat16"):
-        raise ConvertError(f"dtype = {name!r} is not one of 'keep', 'float32', 'bfloat16'")
-    return DTYPES[CODES[name]]
+def _check_arrived(folder: Path, sizes: dict[str, int]) -> None:
+    """Raises ConvertError unless every file of the other processes is here as a whole."""
+    if not _soon(lambda: all((folder / n).stat().st_size == size for n, size in sizes.items())):
+        raise ConvertError(f"{folder}: files written by other processes are not all seen here")
+
+
+def _soon(seen: Callable[[], bool], seconds: float = 30) -> bool:
+    """Whether `seen()` in a while: a mounted bucket shows new files late. A missing one: not yet."""
+    deadline = time.monotonic() + min(seconds, 30)
+    while True:
+        with suppress(OSError):
+            if seen():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def _coverage(

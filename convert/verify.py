@@ -13,15 +13,8 @@ import numpy as np
 
 from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, bits, open_folder, read_json
 from convert.mapping import by_leaf, places
-from convert.to_hf import (
-    CERTIFICATE,
-    Checkpoint,
-    describe,
-    hash_files,
-    hash_folder,
-    hf_view,
-    open_checkpoint,
-)
+from convert.to_hf import CERTIFICATE, describe, hash_files, hash_folder
+from convert.weights import Checkpoint, open_checkpoint
 from memphis_jax.config import ModelConfig, difference
 
 
@@ -78,10 +71,11 @@ def _compare_tensors(
         dtype = DTYPES[stored[next(iter(table))].dtype]
         if dtype != saved.dtypes[leaf]:
             rounded[f"{saved.dtypes[leaf].name} in the checkpoint compared as {dtype.name}"] += 1
-        array = saved.read(leaf, dtype)
+        transposed = next(iter(table.values())).transposed
+        array = saved.read(leaf, dtype, transposed)
         for name, place in table.items():
             progress(len(found), len(stored))
-            theirs, ours = stored[name].read(), hf_view(array, place)
+            theirs, ours = stored[name].read(), array[place.index]
             verdict.differences += _differing_values(name, theirs, ours)
             found[name] = describe(bits(theirs), dtype.name, place.shape)
         del array  # before the next is read

@@ -20,7 +20,8 @@ from convert import load_hf
 from convert.from_hf import from_hf
 from convert.hf_folder import ConvertError
 from convert.mapping import HF_NAMES, places
-from convert.to_hf import split, to_hf
+from convert.plan import split
+from convert.to_hf import to_hf
 from convert.verify import verify
 from memphis_jax.checkpoint import open_manager, restore_model, save
 from memphis_jax.config import ModelConfig

@@ -1,0 +1,126 @@
+"""The weights of a checkpoint, read from orbax's files piece by piece.
+
+orbax cuts a leaf into chunks, the shards of the mesh that saved it, and each is decoded as a whole.
+Reading goes chunk by chunk and keeps only what was asked for.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from convert.hf_folder import DTYPES, ConvertError, bits
+from convert.mapping import transpose_into
+from memphis_jax.checkpoint import latest_step, read_meta
+from memphis_jax.config import ModelConfig, build
+from memphis_jax.model import abstract, flatten
+
+CODES = {dtype.name: code for code, dtype in DTYPES.items()}  # "bfloat16" -> "BF16"
+_IN_FLIGHT = 64 * 2**20  # bytes of chunks read at once; a larger one is read alone
+
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in one step of a checkpoint folder, not yet read."""
+
+    folder: Path
+    step: int
+    config: ModelConfig
+    dtypes: dict[str, np.dtype]  # of each leaf
+
+    @property
+    def step_folder(self) -> Path:
+        return (self.folder / "checkpoints" / str(self.step)).absolute()
+
+    def read(
+        self, leaf: str, dtype: np.dtype, transposed: bool = False, rows: range | None = None
+    ) -> np.ndarray:
+        """The bits of a leaf, or of `rows` of its first axis, contiguous.
+
+        Rounded to nearest even where `dtype` is narrower than the saved one; the last two axes
+        swapped if `transposed`. Memory holds the result and one chunk, or 64 MiB of smaller ones.
+        """
+        store = self._open(leaf)
+        rows = rows or range(store.shape[0])
+        shape = (len(rows), *store.shape[1:])
+        out = np.empty((*shape[:-2], *shape[:-3:-1]) if transposed else shape, f"u{dtype.itemsize}")
+        view = out.swapaxes(-1, -2) if transposed else out  # in the leaf's orientation
+        source = store if store.dtype.numpy_dtype == dtype else tensorstore.cast(store, dtype)
+        for box, value in _read(source, _boxes(store, rows)):
+            part = bits(value)
+            target = view[slice(box[0].start - rows.start, box[0].stop - rows.start), *box[1:]]
+            if transposed:
+                for index in np.ndindex(*part.shape[:-2]):
+                    transpose_into(target[index].T, part[index])
+            else:
+                target[...] = part
+        return out
+
+    def chunk_rows(self, leaf: str) -> int:
+        """How many rows of a leaf's first axis share a chunk."""
+        return self._open(leaf).chunk_layout.read_chunk.shape[0]
+
+    def _open(self, leaf: str) -> Any:
+        base = (self.step_folder / "params").as_uri() + "/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{leaf}/"}
+        return tensorstore.open({"driver": "auto", "kvstore": kvstore}, read=True).result()
+
+
+def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
+    """Opens a step (the latest), checking names and shapes of its leaves against its own config.
+
+    Raises CheckpointError where there is no step, ConfigError for a model that this program does
+    not know, ConvertError naming every missing, unknown or misshapen leaf.
+    """
+    folder = Path(folder)
+    step = latest_step(folder) if step is None else step
+    config = build(ModelConfig, read_meta(folder, step)["model"], f"{folder}: model")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        path = (folder / "checkpoints" / str(step) / "params").absolute()
+        saved = checkpointer.metadata(path).item_metadata.tree
+    wanted = {leaf: tuple(array.shape) for leaf, array in flatten(abstract(config)).items()}
+    problems = [f"missing: {leaf}" for leaf in wanted if leaf not in saved]
+    problems += [f"unknown: {leaf}" for leaf in saved if leaf not in wanted]
+    for leaf in wanted.keys() & saved.keys():
+        shape, dtype = tuple(saved[leaf].shape), np.dtype(saved[leaf].dtype)
+        if shape != wanted[leaf]:
+            problems.append(f"wrong shape: {leaf} is {shape}, the config gives {wanted[leaf]}")
+        if dtype.name not in CODES:
+            problems.append(f"wrong dtype: {leaf} is {dtype.name}, not one of {', '.join(CODES)}")
+    if problems:
+        raise ConvertError(f"{folder} step {step} does not fit its config: {'; '.join(problems)}")
+    return Checkpoint(folder, step, config, {leaf: np.dtype(saved[leaf].dtype) for leaf in wanted})
+
+
+def _boxes(store: Any, rows: range) -> Iterator[Box]:
+    """The parts of `rows` of an array, each inside one chunk."""
+    first, *others = store.chunk_layout.read_chunk.shape
+    cuts = sorted({rows.start, *range(rows.start // first * first + first, rows.stop, first)})
+    axes = [[slice(a, b) for a, b in itertools.pairwise([*cuts, rows.stop])]]
+    for size, chunk in zip(store.shape[1:], others, strict=True):
+        axes.append([slice(a, min(a + chunk, size)) for a in range(0, size, chunk)])
+    return itertools.product(*axes)
+
+
+def _read(source: Any, boxes: Iterator[Box]) -> Iterator[tuple[Box, np.ndarray]]:
+    """The values of all boxes, a few of them under way at once."""
+    chunk = int(np.prod(source.chunk_layout.read_chunk.shape)) * source.dtype.numpy_dtype.itemsize
+    waiting: deque[tuple[Box, Any]] = deque()
+    for box in boxes:
+        waiting.append((box, source[box].read()))
+        while waiting and len(waiting) * chunk >= _IN_FLIGHT:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(box: Box, value: Any) -> tuple[Box, np.ndarray]:
+    return box, value.result()
