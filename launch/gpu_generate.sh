@@ -36,10 +36,10 @@ Set up the host once: docs/gpu.md.
 HELP
 }
 
-# shellcheck source-path=SCRIPTDIR source=lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=gpu_lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/gpu_lib.sh"
 
-remote_dir=memphis-gpu python='' fetch_every=30 # beside the options that lib.sh names
+remote_dir=memphis-gpu python='' fetch_every=30 # beside the options that gpu_lib.sh names
 words=() kinds=() model='' out='' questions=()  # of the worker's command
 run='' names=() folders=() job=''               # where it all goes on the host
 state='' offset=0 code=0 started=''             # of the job
@@ -242,7 +242,7 @@ finish() {
 
 interrupted() {
   trap '' INT TERM
-  kill_child
+  kill_children
   if [[ -n $started && -z $dry ]]; then
     say "interrupted: stopping the job on $host"
     stop_job & # its own process: a recipe that is interrupted too kills this one as it ends
@@ -253,9 +253,9 @@ interrupted() {
 
 stop_job() {
   local connection=$tmp/ssh
-  local tmp=$tmp/stop # `kill_child` must not meet this one's
+  local tmp=$tmp/stop # `kill_children` must not meet this one's
   trap '' PIPE HUP
-  mkdir "$tmp"
+  mkdir -p "$tmp/children"
   cp "$connection" "$tmp"
   if remote stop "$run"; then
     say "stopped; the same command goes on after the last block"
@@ -269,7 +269,7 @@ main() {
   out=${out%/} model=${model%/}
   [[ $out == /* ]] || out=$PWD/$out # rsync takes "a:b" for a host
   [[ $model == /* ]] || model=$PWD/$model
-  open
+  open_connection
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
   if [[ -z $dry ]]; then

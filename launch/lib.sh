@@ -1,16 +1,13 @@
 # shellcheck shell=bash
-# What gpu_generate.sh stands on: messages, one child process at a time, an ssh connection that is
-# made anew when it is lost, and copying.
+# What every script here stands on: messages, digests, child processes that never outlive the script.
+# shellcheck disable=SC2034 # used by those that source it
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-host='' ssh_options=() # as ssh takes them
-root=''                # the folder on the host
-bucket=''              # gs://..., or empty: rsync
-retries=10             # how often to connect again, in a row
-dry=''                 # print commands, run none
+program=${0##*/}
+dry='' # print commands, run none
 
 exec {terminal}>&2 # a trap may run while descriptor 2 is a file
-say() { printf 'gpu_generate.sh: %s\n' "$*" >&"$terminal"; }
+say() { printf '%s: %s\n' "$program" "$*" >&"$terminal"; }
 fail() {
   say "$@"
   exit 1
@@ -23,18 +20,19 @@ digest_folder() {
   (cd "$1" && find -L . -type f -print0 | sort -z | xargs -0 -r sha256sum) | digest "${2-}"
 }
 
+shown() { printf '+' && printf ' %q' "$@" && echo; }
+
+last_error() { tr -d '\r' <"$tmp/err" | sed '/^[[:space:]]*$/d' | tail -n 1; }
+
 # ------------------------------------------------------------------ child processes
 
-# Makes $tmp. Whatever way this script ends, kill -9 too, the pipe closes then: the child of the
-# moment and the connection end, $tmp goes.
+# open [CLEANUP]: makes $tmp. Whatever way this script ends, kill -9 too, the pipe closes then: its
+# children end, CLEANUP (a function) runs, $tmp goes.
 open() {
-  tmp=$(mktemp -d /tmp/gpu_generate.XXXXXX) # a short path: a socket's may have 100 letters
-  local ssh=(ssh "${ssh_options[@]}" -o BatchMode=yes -o ConnectTimeout=15
-    -o ServerAliveInterval=15 -o ServerAliveCountMax=3
-    -o ControlMaster=auto -o "ControlPath=$tmp/mux" -o ControlPersist=60)
-  { printf 'exec' && printf ' %q' "${ssh[@]}" && printf ' "$@"\n'; } >"$tmp/ssh"
-  touch "$tmp"/{child,none,err}
-  exec {alive}> >(guard >/dev/null 2>&1)
+  tmp=$(mktemp -d "/tmp/${program%.sh}.XXXXXX") # a short path: a socket's may have 100 letters
+  mkdir "$tmp/children"
+  touch "$tmp"/{none,err}
+  exec {alive}> >(guard "$@" >/dev/null 2>&1)
   guard_pid=$!
   trap 'exec {alive}>&-; wait "$guard_pid" || true' EXIT
 }
@@ -43,159 +41,26 @@ guard() {
   trap '' INT TERM HUP
   exec {terminal}>&-
   cat
-  kill_child
-  bash "$tmp/ssh" -O exit "$host" || true # there may be none
+  kill_children
+  "${@:-true}" || true
   rm -rf "$tmp"
 }
 
 # child STDIN COMMAND...: waits in a way that a signal's trap can interrupt. A session of its own,
 # so that all of it can be killed: gcloud is a script that starts Python.
 child() {
-  local rc=0
+  local rc=0 pid
   setsid "${@:2}" <"$1" {alive}>&- {terminal}>&- &
-  echo $! >"$tmp/child"
-  wait $! || rc=$?
-  : >"$tmp/child"
+  pid=$!
+  touch "$tmp/children/$pid"
+  wait "$pid" || rc=$?
+  rm -f "$tmp/children/$pid"
   return "$rc"
 }
 
-kill_child() {
-  if [[ -s $tmp/child ]]; then
-    kill -- "-$(<"$tmp/child")" 2>/dev/null || true
-  fi
-}
-
-shown() { printf '+' && printf ' %q' "$@" && echo; }
-
-# ------------------------------------------------------------------ the connection
-
-# remote OPERATION WORD...: one operation of gpu_remote.sh; its output is in $tmp/out and $tmp/err.
-# The words go in with the script, so that no login shell sees them. 255: no connection.
-remote() {
-  local rc=0
-  if [[ -n $dry ]]; then
-    shown ssh "${ssh_options[@]}" "$host" bash -s gpu_remote.sh "$@"
-    return
-  fi
-  { printf 'set --' && printf ' %q' "$@" && echo && cat "$here/gpu_remote.sh"; } >"$tmp/in"
-  child "$tmp/in" bash "$tmp/ssh" "$host" bash -s >"$tmp/out" 2>"$tmp/err" || rc=$?
-  case $rc in
-    0 | 255) return "$rc" ;;
-    *) fail "$host: $(last_error)" ;;
-  esac
-}
-
-last_error() { tr -d '\r' <"$tmp/err" | sed '/^[[:space:]]*$/d' | tail -n 1; }
-
-# persist FUNCTION WORD...: again, after a pause, while it returns 255 (no connection).
-persist() {
-  local try rc pause
-  for ((try = 1; ; try++)); do
-    rc=0
-    "$@" || rc=$?
-    ((rc == 255)) || return "$rc"
-    if ((try > retries)); then
-      say "no connection to $host after $retries tries ($(last_error)). What runs there goes on;" \
-        "the same command picks it up"
-      exit 255
-    fi
-    pause=$((try < 6 ? 1 << (try - 1) : 30))
-    say "lost the connection to $host ($(last_error)); try $try of $retries in $pause s"
-    child "$tmp/none" sleep "$pause"
+kill_children() {
+  local path
+  for path in "$tmp/children"/*; do
+    kill -- "-${path##*/}" 2>/dev/null || true
   done
-}
-
-# first_contact WORD...: `remote hello`, where no connection is the user's error.
-first_contact() {
-  local rc=0
-  remote hello "$@" || rc=$?
-  ((rc)) || return 0
-  case $(<"$tmp/err") in
-    *"Could not resolve"*) fail "no such host: ${host#*@} ($(last_error))" ;;
-    *"Host key verification failed"*)
-      fail "the key of $host is unknown or has changed: run 'ssh $host' once by hand and check it"
-      ;;
-    *"Permission denied"*)
-      fail "$host refuses the login ($(last_error)): try 'ssh $host' by hand, or give --identity"
-      ;;
-    *) fail "cannot reach $host by ssh: $(last_error)" ;;
-  esac
-}
-
-# ------------------------------------------------------------------ copying
-
-# transfer RSYNC-WORD...: 255 for a lost connection; another error ends the script.
-transfer() {
-  local rc=0 call=(rsync -rt -s --timeout=60 -e "bash $tmp/ssh" "$@")
-  if [[ -n $dry ]]; then
-    shown "${call[@]}"
-    return
-  fi
-  child "$tmp/none" "${call[@]}" 2>"$tmp/err" || rc=$?
-  case $rc-$(<"$tmp/err") in
-    0-* | 24-*) return 0 ;; # 24: a temporary file was renamed meanwhile
-    *"No space left"*) fail "disk full: $(grep -m 1 'No space left' "$tmp/err")" ;;
-    255-* | 10-* | 12-* | 20-* | 30-* | 35-*) return 255 ;;
-    *) fail "rsync failed (exit code $rc): $(grep -m 1 . "$tmp/err")" ;;
-  esac
-}
-
-# cloud WORD...: gcloud on this side; it tries again by itself.
-cloud() {
-  if [[ -n $dry ]]; then
-    shown gcloud storage "$@"
-    return
-  fi
-  child "$tmp/none" gcloud storage "$@" >"$tmp/err" 2>&1 || fail "gcloud failed: $(last_error)"
-}
-
-# send FOLDER NAME: to ROOT/NAME.partial; `remote publish` puts it in place.
-send() {
-  say "sending ${2%%/*} ($(du -shL "$1" | cut -f1))"
-  if [[ -n $bucket ]]; then
-    cloud rsync --recursive --no-ignore-symlinks "$1" "$bucket/$2"
-    persist remote pull "$bucket/$2" "$root/$2.partial"
-  else
-    # Unfinished files wait outside the folder: a receiver that lost its sender may still write.
-    persist transfer -L --temp-dir="$root/incoming" --partial-dir="$root/incoming/${2##*/}" \
-      "$1/" "$host:$root/$2.partial/"
-  fi
-}
-
-# All that the worker publishes but completions.jsonl: the blocks make it, and it comes last.
-not_blocks='(.*/)?([.].*|[^/]*[.]tmp|completions[.]jsonl)$'
-exclude=(--exclude='.*' --exclude='*.tmp' --exclude=completions.jsonl)
-
-# fetch RUN OUT: the blocks that are not here yet; each appears whole.
-fetch() {
-  local run=$1 out=$2 url=$bucket/runs/${1##*/}
-  if [[ -n $bucket ]]; then
-    remote push "$run/out" "$url" "$not_blocks" || return
-    [[ -n $dry || -s $tmp/out ]] || return 0
-    cloud rsync --recursive "--exclude=$not_blocks" "$url" "$out"
-  else
-    transfer -z --temp-dir="$out/.fetch" "${exclude[@]}" "$host:$run/out/" "$out/"
-  fi
-}
-
-fetch_completions() {
-  local run=$1 out=$2
-  if [[ -n $bucket ]]; then
-    cloud cp "$bucket/runs/${run##*/}/completions.jsonl" "$out/.fetch/completions.jsonl"
-  else
-    transfer -z --partial "$host:$run/out/completions.jsonl" "$out/.fetch/"
-  fi
-}
-
-# send_back OUT RUN: the blocks that the host has lost; what it has stays.
-send_back() {
-  local out=$1 run=$2 url=$bucket/runs/${2##*/}
-  [[ -d $out && -n $(find "$out" -name 'block*.jsonl' -print -quit) ]] || return 0
-  if [[ -n $bucket ]]; then
-    cloud rsync --recursive "--exclude=$not_blocks" "$out" "$url"
-    remote pull "$url" "$run/out" --no-clobber
-  else
-    transfer --ignore-existing --temp-dir="$root/incoming" "${exclude[@]}" \
-      "$out/" "$host:$run/out/"
-  fi
 }
