@@ -4,11 +4,12 @@ Exit codes: 0 done (verify: equal), 1 verify found differences, 2 refused, the r
 """
 
 import argparse
+import ctypes
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def _from_hf(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace, hosts: "Hosts") -> int:
     from convert.to_hf import to_hf
 
+    _return_freed_blocks()
     with _bar("to-hf") as progress:
         done = to_hf(args.ckpt, args.hf, args.dtype, args.max_shard_size, progress, hosts)
     if hosts.process:
@@ -166,6 +168,15 @@ def _to_hf(args: argparse.Namespace, hosts: "Hosts") -> int:
     if "tokenizer.json" not in done["files"]:
         print(f"note: {args.ckpt} has no tokenizer/tokenizer.json, so no tokenizer was copied")
     return 0
+
+
+def _return_freed_blocks() -> None:
+    """Lets glibc give freed blocks of 1 MiB and more back to the system at once.
+
+    By itself it raises that threshold to 32 MiB a thread, and decoded chunks pile up in the heap.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from memphis_jax.config import ModelConfig, build
 from memphis_jax.model import abstract, flatten
 
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}  # "bfloat16" -> "BF16"
-_IN_FLIGHT = 64 * 2**20  # bytes of chunks read at once; a larger one is read alone
+_IN_FLIGHT = 32 * 2**20  # bytes of chunks read at once; a larger one is read alone
 
 Box = tuple[slice, ...]
 
@@ -46,7 +46,7 @@ class Checkpoint:
         """The bits of a leaf, or of `rows` of its first axis, contiguous.
 
         Rounded to nearest even where `dtype` is narrower than the saved one; the last two axes
-        swapped if `transposed`. Memory holds the result and one chunk, or 64 MiB of smaller ones.
+        swapped if `transposed`. Memory holds the result and one chunk, or 32 MiB of smaller ones.
         """
         store = self._open(leaf)
         rows = rows or range(store.shape[0])
@@ -62,6 +62,7 @@ class Checkpoint:
                     transpose_into(target[index].T, part[index])
             else:
                 target[...] = part
+            del value, part  # before the next arrives
         return out
 
     def chunk_rows(self, leaf: str) -> int:
@@ -115,9 +116,9 @@ def _read(source: Any, boxes: Iterator[Box]) -> Iterator[tuple[Box, np.ndarray]]
     chunk = int(np.prod(source.chunk_layout.read_chunk.shape)) * source.dtype.numpy_dtype.itemsize
     waiting: deque[tuple[Box, Any]] = deque()
     for box in boxes:
-        waiting.append((box, source[box].read()))
-        while waiting and len(waiting) * chunk >= _IN_FLIGHT:
+        while waiting and (len(waiting) + 1) * chunk > _IN_FLIGHT:
             yield _arrived(*waiting.popleft())
+        waiting.append((box, source[box].read()))
     while waiting:
         yield _arrived(*waiting.popleft())
 
