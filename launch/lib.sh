@@ -26,13 +26,13 @@ last_error() { tr -d '\r' <"$tmp/err" | sed '/^[[:space:]]*$/d' | tail -n 1; }
 
 # ------------------------------------------------------------------ child processes
 
-# open [CLEANUP]: makes $tmp. Whatever way this script ends, kill -9 too, the pipe closes then: its
+# open CLEANUP: makes $tmp. Whatever way this script ends, kill -9 too, the pipe closes then: its
 # children end, CLEANUP (a function) runs, $tmp goes.
 open() {
   tmp=$(mktemp -d "/tmp/${program%.sh}.XXXXXX") # a short path: a socket's may have 100 letters
   mkdir "$tmp/children"
   touch "$tmp"/{none,err}
-  exec {alive}> >(guard "$@" >/dev/null 2>&1)
+  exec {alive}> >(guard "$1" >/dev/null 2>&1)
   guard_pid=$!
   trap 'exec {alive}>&-; wait "$guard_pid" || true' EXIT
 }
@@ -42,7 +42,7 @@ guard() {
   exec {terminal}>&-
   cat
   kill_children
-  "${@:-true}" || true
+  "$1" || true
   rm -rf "$tmp"
 }
 

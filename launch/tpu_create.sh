@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Requests a TPU pod and waits for it: see --help and docs/tpu.md.
+set -euo pipefail
+export LC_ALL=C
+
+usage() {
+  cat <<'HELP'
+usage: launch/tpu_create.sh NAME --type TYPE --bucket gs://BUCKET [options]
+
+Requests a TPU slice as a queued resource and waits until it is ACTIVE, or says why it failed.
+Everything that can be known to be wrong is said before anything is created.
+
+  launch/tpu_create.sh pod --type v5litepod-16 --zone us-east5-b --bucket gs://me-memphis --spot
+
+  --type TYPE             accelerator type: v5litepod-16, v6e-16, v5p-16, v4-16, ...
+                          ('memphis plan' says what fits on which)
+  --bucket gs://B         bucket with hierarchical namespace, for everything that must survive
+  --mount DIR             where it is mounted, here and on every worker (default /mnt/memphis)
+  --zone Z                default: gcloud's compute/zone
+  --project P             default: gcloud's project
+  --spot                  a cheaper pod that may be preempted at any time
+  --slices N              N slices of that type, joined over the data centre network
+  --runtime-version V     default: the one for the type
+  --service-account A     that the workers act as; it needs to write the bucket
+  --internal-ips          no external addresses; ssh goes to the internal ones
+  --give-up-after T       a request that was not met in this time (6h, 2d) fails
+  --create-flag=--F=V     another flag of 'gcloud compute tpus queued-resources create'
+  --dry-run               print the commands, contact nobody
+  -h, --help              this text
+
+The options are kept in ~/.memphis/tpu/NAME: the other scripts need the name alone. A pod that exists
+stays as it is; one that was preempted is deleted and requested again. Ctrl-C leaves the request in
+the queue; the same command waits on.
+HELP
+}
+
+# shellcheck source-path=SCRIPTDIR source=tpu_lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_lib.sh"
+
+parse_options() {
+  while (($#)); do
+    case $1 in
+      -h | --help)
+        usage
+        exit 0
+        ;;
+      --dry-run) dry=yes && shift ;;
+      --spot) spot=yes && shift ;;
+      --internal-ips) internal=yes && shift ;;
+      --again) load_pod && shift ;; # of the other scripts: with the options that were saved
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --*)
+        [[ $# -gt 1 ]] || fail "$1 needs a value (see --help)"
+        pod_option "$1" "$2" || fail "unknown option $1 (see --help)"
+        shift 2
+        ;;
+      *) set_name "$1" && shift ;;
+    esac
+  done
+  [[ -n $name ]] || fail "no name: launch/tpu_create.sh NAME --type TYPE --bucket gs://B (see --help)"
+  [[ -n $type ]] || fail "no --type: an accelerator type such as v5litepod-16 (see --help)"
+  [[ $type =~ ^[a-z0-9]+-[1-9][0-9]*$ ]] || fail "--type $type: expected GENERATION-SIZE, as v6e-16"
+  [[ -n $bucket ]] || fail "no --bucket: gs://BUCKET keeps what must survive the pod (see --help)"
+}
+
+# https://cloud.google.com/tpu/docs/runtimes#pytorch_and_jax
+default_runtime() {
+  case $type in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
+    tpu7x-*) fail "--type $type: Google offers Ironwood through GKE only: docs/tpu.md, 'GKE'" ;;
+    *) fail "--type $type: name its --runtime-version (gcloud compute tpus versions list)" ;;
+  esac
+}
+
+check_account() {
+  [[ -n $dry ]] || command -v gcloud >/dev/null ||
+    fail "this machine has no gcloud: https://cloud.google.com/sdk/docs/install"
+  gc auth list --filter=status:ACTIVE '--format=value(account)' || explain "list the accounts"
+  [[ -n $dry || -s $tmp/out ]] || fail "gcloud has no account: run 'gcloud auth login'"
+  if [[ -z $project ]]; then
+    gc config get-value project || true
+    project=$(if [[ -n $dry ]]; then echo PROJECT; else cat "$tmp/out"; fi)
+    [[ -n $project ]] || fail "no project: give --project, or 'gcloud config set project PROJECT'"
+  fi
+  if [[ -z $zone ]]; then
+    gc config get-value compute/zone || true
+    zone=$(if [[ -n $dry ]]; then echo ZONE; else cat "$tmp/out"; fi)
+    [[ -n $zone ]] || fail "no zone: give --zone, or 'gcloud config set compute/zone ZONE'"
+  fi
+  place=(--zone="$zone" --project="$project")
+}
+
+check_type() {
+  gc compute tpus accelerator-types list "${place[@]}" '--format=value(type)' || explain "list TPUs"
+  [[ -z $dry ]] || return 0
+  grep -qxF -e "$type" "$tmp/out" || fail "--type $type is not among those of zone $zone:" \
+    "$(sort -V "$tmp/out" | paste -sd ' ')"
+}
+
+check_bucket() {
+  local location hierarchical
+  if ! gc storage buckets describe "$bucket" --raw \
+    '--format=value(location,hierarchicalNamespace.enabled)'; then
+    case $(<"$tmp/err") in
+      *"not found"* | *404*) fail "there is no bucket $bucket: gcloud storage buckets create $bucket" \
+        "--location=${zone%-*} --uniform-bucket-level-access --enable-hierarchical-namespace" ;;
+      *) fail "no permission to read the bucket $bucket ($(gc_error)): ask for the role" \
+        "roles/storage.admin there, or for another bucket" ;;
+    esac
+  fi
+  [[ -z $dry ]] || return 0
+  IFS=$'\t' read -r location hierarchical <"$tmp/out" || true
+  [[ $hierarchical == [Tt]rue ]] || fail "$bucket has no hierarchical namespace, so its folders" \
+    "cannot be renamed at once: create another one with --enable-hierarchical-namespace"
+  [[ ${location,,} == "${zone%-*}" ]] ||
+    say "note: $bucket is in ${location,,}, the TPU in ${zone%-*}: transfers are slower and cost money"
+}
+
+request() {
+  local flags=(--accelerator-type="$type" --runtime-version="$runtime")
+  if ((slices == 1)); then
+    flags+=(--node-id="$name")
+  else
+    flags+=(--node-count="$slices" --node-prefix="$name")
+  fi
+  [[ -z $spot ]] || flags+=(--spot)
+  [[ -z $internal ]] || flags+=(--internal-ips)
+  [[ -z $account ]] || flags+=(--service-account="$account")
+  [[ -z $give_up_after ]] || flags+=(--valid-until-duration="$give_up_after")
+  gc compute tpus queued-resources create "$name" "${place[@]}" "${flags[@]}" "${create_flags[@]}" \
+    --quiet || explain "create $name"
+}
+
+# One that exists is used, unless it is another than the one that is asked for.
+check_existing() {
+  local words old
+  [[ -s $pod/options && $state != gone ]] || return 0
+  mapfile -t words <"$pod/options"
+  old=$(printf '%s\n' "${words[@]}" | grep -A 1 -xe --type | tail -n 1)
+  [[ $old == "$type" ]] || fail "$name exists and is a $old, not a $type: choose another name, or" \
+    "'launch/tpu_delete.sh $name' first"
+}
+
+main() {
+  parse_options "$@"
+  open true
+  check_account
+  runtime=${runtime:-$(default_runtime)}
+  check_type
+  check_bucket
+  lock_pod_folder
+  look
+  [[ -z $dry ]] || state=gone why="there is none"
+  check_existing
+  [[ -n $dry ]] || save_pod
+  if [[ $state == gone ]]; then
+    if [[ $why != "there is none" ]]; then
+      say "$name: $why; deleting it to request it again"
+      gc compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ||
+        explain "delete $name"
+    fi
+    say "requesting $name: ${slices/#1/one} ${type}${spot:+, spot} in $zone"
+    request
+  fi
+  wait_for_pod
+  [[ $state == ready ]] || fail "$name cannot be had: $why. Delete it with 'launch/tpu_delete.sh" \
+    "$name', or give the same command to ask again"
+  say "$name is ACTIVE: ${#node[@]} workers, $((slices * $(devices_of "$type"))) devices. Next:" \
+    "launch/tpu_setup.sh $name"
+}
+
+lock_pod_folder() {
+  [[ -n $dry ]] || mkdir -p "$pod"
+  lock_pod
+}
+
+main "$@"

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Deletes a pod: see --help.
+set -euo pipefail
+export LC_ALL=C
+
+usage() {
+  cat <<'HELP'
+usage: launch/tpu_delete.sh NAME [--force] [--dry-run]
+
+Deletes the pod NAME, its request too, so that it costs nothing more. The bucket is left alone.
+A pod on which a job runs is not deleted, unless --force: then the job is stopped first (SIGTERM, so
+that a checkpoint is saved).
+HELP
+}
+
+# shellcheck source-path=SCRIPTDIR source=tpu_workers.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_workers.sh"
+
+main() {
+  local force='' process
+  while (($#)); do
+    case $1 in
+      -h | --help)
+        usage
+        exit 0
+        ;;
+      --dry-run) dry=yes && shift ;;
+      --force) force=yes && shift ;;
+      *) set_name "$1" && shift ;;
+    esac
+  done
+  load_pod
+  open true
+  look
+  if [[ $state == ready ]]; then
+    on_all remote state "$mount"
+    if [[ -z $dry ]] && process=$(any_running); then
+      [[ -n $force ]] || fail "a job runs on $(label "$process"): wait for it (launch/tpu_status.sh" \
+        "$name), or give --force, which stops it"
+      say "stopping the job"
+      on_all remote stop 60
+    fi
+  fi
+  if [[ $why == "there is none" ]]; then
+    say "$name is gone already"
+    return
+  fi
+  gc compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ||
+    explain "delete $name"
+  [[ -n $dry ]] || say "$name is deleted"
+}
+
+main "$@"
