@@ -99,8 +99,9 @@ run_job() {
       exec {alive}>&-
       code=0
       run_on "$process" || code=$?
-      echo "$code" >"$tmp/worker/$process.code.tmp"
-      mv "$tmp/worker/$process.code.tmp" "$tmp/worker/$process.code"
+      # Not where this script was killed: then the folder is gone.
+      { echo "$code" >"$tmp/worker/$process.ended" && mv "$tmp/worker/$process".{ended,code}; } \
+        2>/dev/null || true
     ) &
     followers+=($!)
   done

@@ -59,7 +59,8 @@ mount() {
     why=$(gcsfuse --metadata-cache-ttl-secs=0 "$bucket" "$folder" 2>&1) ||
       fail "gcsfuse cannot mount $bucket: $(tail -n 1 <<<"$why")"
   fi
-  why=$(touch "$folder/.write-test-$HOSTNAME" 2>&1 && rm "$folder/.write-test-$HOSTNAME" 2>&1) ||
+  local test=$folder/.write-test-$HOSTNAME-$$
+  why=$(touch "$test" 2>&1 && rm "$test" 2>&1) ||
     fail "it may not write to gs://$bucket: give the workers' service account the role" \
       "roles/storage.objectUser there"
 }
@@ -130,6 +131,7 @@ start() {
   printf '%s\n' "$id" >"$job/id"
   PYTHONUNBUFFERED=1 setsid env "${environment[@]}" bash "$PWD/tpu_remote.sh" supervise \
     "$python" "$@" </dev/null >>"$job/log" 2>&1 &
+  disown
   while [[ ! -s $job/pid ]] && kill -0 $! 2>/dev/null; do sleep 0.05; done
   exec 9>&-
 }

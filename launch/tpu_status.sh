@@ -28,8 +28,11 @@ show_worker() {
     unmounted) have="the bucket is not mounted" ;;
     *) have="has another checkout" ;;
   esac
-  [[ $doing != running ]] || doing="runs job $id:"
-  printf '%s: %s; %s %s\n' "$(label "$1")" "$have" "$doing" "${command-}"
+  case $doing in
+    running) doing="runs job $id: ${command-}" ;;
+    *) doing="idle${command:+, after: $command}" ;;
+  esac
+  printf '%s: %s; %s\n' "$(label "$1")" "$have" "$doing"
   [[ -z ${last-} ]] || printf '    %s\n' "$last"
 }
 
