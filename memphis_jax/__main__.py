@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from memphis_jax import hosts
 from memphis_jax.errors import one_line
 
 COMMANDS = {  # name: (module, function, what it does)
@@ -17,6 +18,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
     "report": ("report", "main", "one HTML page about a run"),
 }
+ON_ALL_HOSTS = ("train", "parity")  # what several hosts compute together
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"memphis: no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     module, function, _ = COMMANDS[argv[0]]
     with one_line(f"memphis {argv[0]}"):
+        group = hosts.from_environment() if argv[0] in ON_ALL_HOSTS else None
+        if group and not hosts.is_guarded():
+            sys.exit(hosts.guard(group, [sys.executable, "-m", "memphis_jax", *argv]))
         getattr(importlib.import_module(f"memphis_jax.{module}"), function)(argv[1:])
 
 

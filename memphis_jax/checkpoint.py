@@ -7,7 +7,8 @@
 
 A training workdir and the output of `python -m convert from-hf` are both such a FOLDER, so either
 starts a training, feeds the sampler, or is exported. Saved names are plain strings: nothing on disk
-depends on flax's or optax's classes. Imports `memphis_jax.config` and `memphis_jax.model`.
+depends on flax's or optax's classes, nor on the mesh: all hosts write their parts of an array, and
+any mesh reads them. Imports `memphis_jax.config`, `model` and `sharding`.
 """
 
 import dataclasses
@@ -18,9 +19,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from memphis_jax.config import ModelConfig, build
 from memphis_jax.model import StableLM, abstract, flatten, leaf_name, unflatten
+from memphis_jax.sharding import state_sharding
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of every save
 
@@ -76,24 +79,38 @@ def read_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
         return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
-def restore_model(folder: str | Path, dtype: str = "float32") -> tuple[StableLM, dict[str, Any]]:
-    """(model in `dtype`, meta) of the latest step of FOLDER, arrays on the default device.
+def read_model_config(meta: dict[str, Any], folder: str | Path) -> ModelConfig:
+    """Of the model that `meta` was saved with. Raises ConfigError where this program lacks it."""
+    return build(ModelConfig, meta["model"], f"{folder}: model")
+
+
+def restore_model(
+    folder: str | Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[StableLM, dict[str, Any]]:
+    """(model in `dtype`, meta) of the latest step of FOLDER, laid out over `mesh`.
+
+    None is the default device. The mesh it was saved on does not matter: each device reads its own
+    parts.
 
     Raises CheckpointError where FOLDER holds no checkpoint, and ConfigError or ValueError where its
     model does not fit this program.
     """
     step = latest_step(folder)
     meta = read_meta(folder, step)
-    config = build(ModelConfig, meta["model"], f"{folder}: model")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = flatten(abstract(read_model_config(meta, folder)))
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(leaves, device)
+    else:
+        places = state_sharding(leaves, mesh)
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device)
-        for name, leaf in flatten(abstract(config)).items()
+        name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=places[name])
+        for name, leaf in leaves.items()
     }
     with open_manager(folder) as manager:
         args = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
         params = manager.restore(step, args=args).params
-    return unflatten(config, params), meta
+    return unflatten(read_model_config(meta, folder), params), meta
 
 
 def restore_train(folder: str | Path, like: Any, step: int | None = None) -> Any:

@@ -18,7 +18,10 @@ def train(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="memphis train",
         description="Train one phase into --workdir; started again, it resumes from there.",
-        epilog="Any config field can be set: --config.sft.optimizer.learning_rate=1e-5",
+        epilog="Any config field can be set: --config.sft.optimizer.learning_rate=1e-5. On several "
+        "hosts: the same command on each, JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID set, and --workdir on storage that all share. Exit code 75: SIGTERM, all "
+        "is saved; 76: another host was lost; after both the same command goes on.",
     )
     parser.add_argument("--config", required=True, help="configs/*.py, or a saved config.json")
     parser.add_argument("--phase", required=True, choices=("sft", "rank"))
@@ -42,19 +45,25 @@ def train(argv: Sequence[str]) -> None:
     config = configs.load(args.config, overrides)
     from memphis_jax import checkpoint
     from memphis_jax import train as training
-    from memphis_jax.runtime import start_jax
+    from memphis_jax.runtime import is_first, start_jax
+    from memphis_jax.sharding import make_mesh
 
     start_jax()
-
     settings = config.sft if args.phase == "sft" else config.rank
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    model = _model_config(args.init, config)
+    configs.check_mesh(model, dict(mesh.shape), {args.phase: settings})
     tokenizer_folder = _tokenizer_folder(args)
     tokenizer, eos_id = load_tokenizer(tokenizer_folder)
-    batches, data_sha256 = _batches(args, settings, config.seed, tokenizer, eos_id)
-    state = _first_state(args.init, config, settings, tokenizer.get_vocab_size())
+    if (vocabulary := tokenizer.get_vocab_size()) > model.vocab_size:
+        raise configs.ConfigError(
+            f"the tokenizer has {vocabulary} tokens, model.vocab_size is {model.vocab_size}"
+        )
+    batches, data_sha256 = _batches(args, settings, config.seed, tokenizer, eos_id, mesh)
     identity = {
         "phase": args.phase,
-        "settings": dataclasses.asdict(settings),
-        "compute": dataclasses.asdict(config.compute),
+        "settings": _without(settings, "accumulation"),
+        "compute": _without(config.compute, "remat", "attention", "logprob_chunk"),
         "seed": config.seed,
         "data_sha256": data_sha256,
         "tokenizer_sha256": sha256_file(tokenizer_folder / "tokenizer.json"),
@@ -66,12 +75,25 @@ def train(argv: Sequence[str]) -> None:
         args.phase,
         args.workdir,
         batches,
-        state,
+        _first_state(args.init, config, settings, mesh),
         settings=settings,
         compute=config.compute,
         identity=identity,
+        mesh=mesh,
     )
-    checkpoint.copy_tokenizer(tokenizer_folder, args.workdir)
+    if is_first():
+        checkpoint.copy_tokenizer(tokenizer_folder, args.workdir)
+
+
+def _without(section: Any, *names: str) -> dict[str, Any]:
+    """The fields of a section save those that fit the run to a machine, which may change."""
+    return {k: v for k, v in dataclasses.asdict(section).items() if k not in names}
+
+
+def _model_config(init: Path | None, config: configs.RunConfig) -> configs.ModelConfig:
+    from memphis_jax import checkpoint
+
+    return checkpoint.read_model_config(checkpoint.read_meta(init), init) if init else config.model
 
 
 def _tokenizer_folder(args: argparse.Namespace) -> Path:
@@ -90,9 +112,16 @@ def _batches(
     seed: int,
     tokenizer: Any,
     eos_id: int,
+    mesh: Any,
 ) -> tuple[Any, str]:
-    """(the loader of the phase, the hash of its data)."""
+    """(the loader of this host's share of the phase, the hash of its data)."""
+    import jax
+
     from memphis_jax.data import examples, loader
+    from memphis_jax.sharding import host_share, row_shards
+
+    process = jax.process_index()
+    index, count = host_share(mesh, process)
 
     sizes: dict[str, Any] = {
         "seq_len": settings.seq_len,
@@ -100,16 +129,22 @@ def _batches(
         "accumulation": settings.accumulation,
         "epochs": settings.epochs,
         "seed": seed,
+        "process_index": index,
+        "process_count": count,
     }
+    if args.phase == "rank":
+        sizes["row_multiple"] = len(row_shards(mesh)[process])
     if args.phase == "sft" and args.data.is_dir():
         examples.check_built(args.data, _tokenizer_folder(args), settings.seq_len)
         built, manifest = examples.open_built(args.data)
-        print(f"{args.data}: {len(built)} examples", file=sys.stderr, flush=True)
+        if process == 0:
+            print(f"{args.data}: {len(built)} examples", file=sys.stderr, flush=True)
         slots = (built.lengths - 1).tolist()
         return loader.sft_loader(built, slots=slots, **sizes), manifest["sft_sha256"]
     reader = examples.read_cot_examples if args.phase == "sft" else examples.read_groups
     items, dropped = reader(args.data, tokenizer, eos_id, settings.seq_len)
-    _report_rows(args.data, len(items), dropped)
+    if process == 0:
+        _report_rows(args.data, len(items), dropped)
     make_loader: Any = loader.sft_loader if args.phase == "sft" else loader.rank_loader
     return make_loader(items, **sizes), sha256_file(args.data)
 
@@ -121,23 +156,22 @@ def _report_rows(path: Path, kept: int, dropped: Counter[str]) -> None:
 
 
 def _first_state(
-    init: Path | None, config: configs.RunConfig, settings: configs.PhaseConfig, vocabulary: int
+    init: Path | None, config: configs.RunConfig, settings: configs.PhaseConfig, mesh: Any
 ) -> Any:
     import jax
 
     from memphis_jax import checkpoint
     from memphis_jax import train as training
-    from memphis_jax.model import StableLM
+    from memphis_jax.model import StableLM, abstract
+    from memphis_jax.sharding import state_sharding
 
     if init:
-        model, _ = checkpoint.restore_model(init)
-    else:
-        model = StableLM(config.model, jax.random.PRNGKey(config.seed))
-    if vocabulary > model.config.vocab_size:
-        raise configs.ConfigError(
-            f"the tokenizer has {vocabulary} tokens, model.vocab_size is {model.config.vocab_size}"
-        )
-    state = training.init_state(model, settings, config.seed)
+        model, _ = checkpoint.restore_model(init, mesh=mesh)
+    else:  # each device draws its own part; the values do not depend on the mesh
+        shardings = state_sharding(abstract(config.model), mesh)
+        draw = jax.jit(lambda key: StableLM(config.model, key), out_shardings=shardings)
+        model = draw(jax.random.PRNGKey(config.seed))
+    state = training.init_state(model, settings, config.seed, mesh)
     if init and settings.keep_optimizer_state:
         state = training.carry_optimizer(init, state, settings)
     return state

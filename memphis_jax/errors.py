@@ -1,8 +1,30 @@
-"""How a command ends on an error: ours in one line, a bug with its traceback. No jax."""
+"""How a command ends: an error of ours in one line, a bug with its traceback. No jax.
 
+Exit codes beside 0 and 1, for whoever starts commands on machines that come and go:
+
+  75  stopped by SIGTERM, all work is saved: the same command goes on
+  76  another host was lost: the same command goes on from the last checkpoint
+"""
+
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+GUARDED = "MEMPHIS_GUARDED"  # set in a process that hosts.py started as one of several
+EXIT_PREEMPTED = 75  # sysexits.h: temporary failure, try again
+EXIT_PEER_LOST = 76
+EXIT_UNSURE = 77  # of a guarded process: an error that another host may have caused
+
+
+class Stopped(RuntimeError):
+    """The command ends with `exit_code` and this message; the same command goes on later."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @contextmanager
@@ -14,13 +36,27 @@ def one_line(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f"\n{command}: interrupted; the same command goes on from here")
+        _end(f"\n{command}: interrupted; the same command goes on from here", 1)
+    except Stopped as stopped:  # on all hosts at once
+        print(f"{command}: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.exit_code)
     except OSError as error:
-        sys.exit(f"{command}: {error}")
-    except (ValueError, RuntimeError) as error:
-        if not _is_ours(error):
+        _end(f"{command}: {error}", 1)
+    except Exception as error:
+        if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
+            _end(f"{command}: {error}", 1)
+        if GUARDED not in os.environ:
             raise
-        sys.exit(f"{command}: {error}")
+        traceback.print_exc()
+        _end(f"{command}: stopped", EXIT_UNSURE)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    if GUARDED in os.environ:  # JAX would wait at exit for processes that wait for this one
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_ours(error: BaseException) -> bool:

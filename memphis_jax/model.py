@@ -32,6 +32,28 @@ QUERY_CHUNK = 128  # queries whose attention scores exist at once
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ kernel [in, out] in x's dtype, with the kernel's gradient in its own.
+
+    So devices and micro-batches add float32 gradients where activations are bfloat16.
+    """
+    return x @ kernel.astype(x.dtype)
+
+
+def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return linear(x, kernel), (x, kernel)
+
+
+def _linear_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dkernel = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=kernel.dtype)
+    return dy @ kernel.astype(dy.dtype).T, dkernel
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias, kernel [in, out]."""
 
@@ -40,7 +62,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = linear(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

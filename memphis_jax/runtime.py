@@ -1,19 +1,40 @@
-"""Start-up of a process that computes with JAX."""
+"""A process that computes with JAX: how it starts, alone or as one of several, and when it ends."""
 
 import ctypes
 import os
 import platform
+import signal
+import threading
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from memphis_jax import hosts
 
 
 def start_jax() -> None:
-    """Sets up the persistent compile cache (JAX_COMPILATION_CACHE_DIR moves it) and the allocator.
+    """Joins the other hosts, sets up the compile cache and the allocator.
+
+    JAX_COORDINATOR_ADDRESS and its companions make this one of several processes (hosts.py).
+    JAX_COMPILATION_CACHE_DIR moves the persistent compile cache.
 
     glibc gives large blocks back to the system and fetches them again at every step, page by page;
     keeping them saves a small model on CPU much of its time.
     """
+    if group := hosts.from_environment():
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            f"{group.host}:{group.port}",
+            group.processes,
+            group.process,
+            # The guard has counted the hosts already, and notices sooner when one is gone.
+            initialization_timeout=round(group.barrier) + 60,
+            heartbeat_timeout_seconds=max(100, round(2 * group.heartbeat)),
+        )
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memphis_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
@@ -23,3 +44,55 @@ def start_jax() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, most)
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and reports: process 0."""
+    return jax.process_index() == 0
+
+
+def same_on_all_hosts(value: int, what: str) -> int:
+    """`value`, once all hosts are seen to have the same. Raises RuntimeError where they do not."""
+    if jax.process_count() > 1:
+        values = np.ravel(multihost_utils.process_allgather(np.int32(value))).tolist()
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f"{what} differs between hosts: {values} on processes 0 to {len(values) - 1}; is "
+                "the folder on storage that all hosts share?"
+            )
+    return value
+
+
+class Preemption:
+    """SIGTERM (maintenance, a spot machine taken back), noticed between steps; a context manager.
+
+    A signal to one of several processes stops all of them, at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        # Several processes: jax.distributed has its own handler on every host.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def asked(self, step: int) -> bool:
+        """Whether to save and end after `step`; every process asks at every step."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._asked
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True

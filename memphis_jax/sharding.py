@@ -58,7 +58,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = MeshConfig(data, fsdp, model).sizes(len(devices))
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0}
     if sizes["data"] % len(slices):
         raise ConfigError(
             f"mesh.data = {sizes['data']} is not a multiple of the {len(slices)} slices: only "
@@ -200,7 +200,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, process: int) -> d
         if name == "candidate_rows":
             local = np.asarray(own, local.dtype)[local // rows] * rows + local % rows
 
-        def part(where: tuple[slice, ...]) -> np.ndarray:
+        def part(where: Any) -> np.ndarray:  # the slices of one device
             start = at[(where[1].start or 0) // size] * size
             return local[:, start : start + size]
 

@@ -7,6 +7,7 @@ refused otherwise. `memphis train --help` is the stage that `memphis rounds` run
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from jax.sharding import Mesh
 from memphis_jax import checkpoint
 from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, PhaseConfig, difference
 from memphis_jax.data.loader import Loader
+from memphis_jax.errors import EXIT_PREEMPTED, Stopped
 from memphis_jax.metrics import MetricsWriter
 from memphis_jax.model import StableLM, abstract
 from memphis_jax.objectives import Arrays, Sums, SumsFn, objective_weights, rank_sums, sft_sums
 from memphis_jax.optimizer import combine, cosine_schedule, is_embedding, make_optimizer, partition
 from memphis_jax.parallel import make_ops
-from memphis_jax.sharding import state_sharding
+from memphis_jax.runtime import Preemption, is_first, same_on_all_hosts
+from memphis_jax.sharding import global_batch, state_sharding
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -245,6 +248,7 @@ def run(
     settings: PhaseConfig,
     compute: ComputeConfig,
     identity: dict[str, Any],
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains from `state`, or from the newest checkpoint of `workdir`, to the loader's end.
 
@@ -253,35 +257,55 @@ def run(
       workdir: gets checkpoints/, metrics.jsonl and tensorboard/.
       identity: JSON that must be equal for a resumption, such as config and hashes of inputs; saved
         with every checkpoint.
+      mesh: where `state` lies, with the loader of this host's share of its rows; every process of
+        the mesh calls this. None is one device.
 
     Raises:
       ConfigError: `workdir` belongs to another identity; the differing fields are listed.
       TrainingStopped: three steps in a row were not finite; the last good state is saved.
+      Stopped: SIGTERM came, here or on another host; the state is saved.
     """
     batches = iter(loader)
-    state = resume(workdir, state, batches, identity)
-    step_fn = make_step(phase, settings, compute, loader.num_steps)
+    state = resume(workdir, state, batches, identity, mesh)
+    step_fn = make_step(phase, settings, compute, loader.num_steps, mesh)
     _check_not_stopped(state, phase, workdir, settings)
-    start = int(state.step)
+    step = start = int(state.step)
     with (
+        Preemption() as preemption,
         checkpoint.open_manager(workdir, keep=settings.keep_checkpoints) as manager,
-        MetricsWriter(workdir, resume_step=start, num_steps=len(loader), label=phase) as writer,
+        _writer(workdir, start, len(loader), phase) as writer,
     ):
-        meter = Meter()
-        for step in range(start + 1, loader.num_steps + 1):
-            state, metrics = step_fn(state, next(batches))
+        meter, ended = Meter(), False
+        while step < loader.num_steps and not ended:
+            step += 1
+            batch = next(batches)
+            if mesh is not None:
+                batch = global_batch(batch, mesh, jax.process_index())
+            state, metrics = step_fn(state, batch)
             meter.count(metrics)
             last = step == loader.num_steps
-            if last or step % settings.log_every == 0:
+            if writer and (last or step % settings.log_every == 0):
                 writer.write(step, meter.read(step / loader.num_steps * settings.epochs))
             stop = int(metrics["skipped_in_a_row"]) >= MAX_SKIPPED_IN_A_ROW
-            if last or stop or step % settings.checkpoint_every == 0:
+            ended = preemption.asked(step) or stop
+            if last or ended or step % settings.checkpoint_every == 0:
                 meta = {"identity": identity, "loader": batches.get_state(), "step": step}
                 checkpoint.save(manager, step, state.model, meta, state.without_model())
-            if stop:
-                break
     _check_not_stopped(state, phase, workdir, settings)
+    if step < loader.num_steps:
+        raise Stopped(
+            f"{phase}: SIGTERM; step {step} of {loader.num_steps} is saved in {workdir}, and the "
+            "same command goes on from there",
+            EXIT_PREEMPTED,
+        )
     return state
+
+
+def _writer(workdir: Path, start: int, num_steps: int, phase: str) -> Any:
+    """The MetricsWriter, on the one process that writes; a context manager of None elsewhere."""
+    if not is_first():
+        return nullcontext()
+    return MetricsWriter(workdir, resume_step=start, num_steps=num_steps, label=phase)
 
 
 def _check_not_stopped(state: TrainState, phase: str, workdir: Path, settings: PhaseConfig) -> None:
@@ -295,14 +319,23 @@ def _check_not_stopped(state: TrainState, phase: str, workdir: Path, settings: P
         )
 
 
-def resume(workdir: Path, state: TrainState, batches: Any, identity: dict[str, Any]) -> TrainState:
-    """The newest saved state of `workdir` with the data iterator set behind it; else `state`."""
-    if not (workdir / "checkpoints").is_dir():
-        workdir.mkdir(parents=True, exist_ok=True)
-        return state
+def resume(
+    workdir: Path,
+    state: TrainState,
+    batches: Any,
+    identity: dict[str, Any],
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """The newest saved state of `workdir` with the data iterator set behind it; else `state`.
+
+    It may have been saved on any mesh.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
     try:
         step = checkpoint.latest_step(workdir)
-    except checkpoint.CheckpointError:  # killed before its first checkpoint
+    except checkpoint.CheckpointError:  # new, or killed before its first checkpoint
+        step = -1
+    if same_on_all_hosts(step, f"the newest checkpoint of {workdir}") < 0:
         return state
     meta = checkpoint.read_meta(workdir, step)
     if lines := difference(meta["identity"], identity):
@@ -311,7 +344,7 @@ def resume(workdir: Path, state: TrainState, batches: Any, identity: dict[str, A
             "Differing (saved -> given): " + "; ".join(lines)
         )
     batches.set_state(meta["loader"])
-    model, _ = checkpoint.restore_model(workdir)
+    model, _ = checkpoint.restore_model(workdir, mesh=mesh)
     saved = checkpoint.restore_train(workdir, state.without_model(), step)
     return TrainState(model=model, **saved)
 

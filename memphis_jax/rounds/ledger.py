@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from memphis_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, Stopped
 from memphis_jax.rounds.files import sha256_file, sha256_folder, write_json
 from memphis_jax.rounds.processes import DIE_WITH_PARENT
 from memphis_jax.versions import versions
@@ -49,7 +50,11 @@ class Ledger:
         (workdir / "logs").mkdir(exist_ok=True)
 
     def run(self, stage: Stage) -> bool:
-        """Runs `stage` unless its record is valid; whether it ran. StageFailed on a failure."""
+        """Runs `stage` unless its record is valid; whether it ran.
+
+        Raises Stopped, with the stage's exit code, where its machine was taken away; StageFailed
+        on any other failure.
+        """
         inputs = {self._relative(path): _hash(path) for path in stage.inputs}
         if self._is_done(stage, inputs):
             return False
@@ -63,6 +68,10 @@ class Ledger:
         if exit_code == 0 and not missing:
             record["outputs"] = {self._relative(path): _hash(path) for path in stage.outputs}
         self._write(record)
+        if exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
+            raise Stopped(
+                f"stage {stage.name} was interrupted; the same command goes on", exit_code
+            )
         if exit_code or missing:
             why = f"exit code {exit_code}" if exit_code else f"no {', '.join(missing)}"
             raise StageFailed(f"stage {stage.name} failed ({why}); its output is in {log}")

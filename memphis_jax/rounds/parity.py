@@ -53,12 +53,13 @@ def parity(argv: Sequence[str]) -> None:
             f"{args.completions} holds no logprobs to compare: sample with --rescore 64"
         )
     from memphis_jax import checkpoint
-    from memphis_jax.runtime import start_jax
+    from memphis_jax.runtime import is_first, start_jax
+    from memphis_jax.sharding import make_mesh
 
     start_jax()
     tokenizer, _ = load_tokenizer(args.checkpoint / "tokenizer")
     prompts = [encode_prompt(tokenizer, questions[row["id"]]["prompt"]) for row in rows]
-    model, _ = checkpoint.restore_model(args.checkpoint)
+    model, _ = checkpoint.restore_model(args.checkpoint, mesh=make_mesh())
     found = rescore(model, prompts, rows, dtype)
     greedy = meta["sampling"]["temperature"] == 0
     result = summarise(rows, found, greedy, bound)
@@ -67,8 +68,9 @@ def parity(argv: Sequence[str]) -> None:
     result["worst"]["token"] = tokenizer.decode([worst["token_id"]], skip_special_tokens=False)
     if not np.isfinite(result["mean_abs_difference"]):  # which JSON could not hold
         raise RuntimeError(f"trainer and sampler cannot be compared: {describe(result)}")
-    write_json(args.out, result)
-    print(describe(result), file=sys.stderr)
+    if is_first():
+        write_json(args.out, result)
+        print(describe(result), file=sys.stderr)
     ties = 0.0 if dtype == "float32" else TIES  # where logits are rounded, near-ties flip
     if result["mean_abs_difference"] > bound or result.get("share_apart", 0.0) > ties:
         raise RuntimeError(f"trainer and sampler are not the same model: {describe(result)}")
@@ -97,15 +99,19 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def rescore(
     model: Any, prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]], dtype: str
 ) -> list[Rescored]:
-    """The trainer's logprobs of each row's `token_ids` after its prompt."""
+    """The trainer's logprobs of each row's `token_ids` after its prompt, on every host."""
     import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
 
     lengths = [
         len(prompt) + len(row["token_ids"]) for prompt, row in zip(prompts, rows, strict=True)
     ]
     width = -(-max(lengths) // 32) * 32  # one shape for all
     together = max(1, TOKENS // width)
-    score = jax.jit(_scores, static_argnames="dtype")
+    where = model.norm.scale[...].sharding
+    whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
+    score = jax.jit(_scores, static_argnames="dtype", out_shardings=whole)
     found = []
     for start in range(0, len(rows), together):
         tokens = np.zeros((together, width), np.int32)

@@ -16,9 +16,11 @@ from memphis_jax.rounds.files import write_json
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import Recipe
 
-# What may change in a run that goes on: where stages run and when a gate closes, not what is made.
+# What may change in a run that goes on: where stages run, how they are fitted to the machines, and
+# when a gate closes; not what is made.
 PLACES = (
-    "executor.",
+    *("executor.", "mesh.", "sft.accumulation:", "rank.accumulation:"),
+    *("compute.remat:", "compute.attention:", "compute.logprob_chunk:"),
     *("generate.python:", "generate.data_parallel:", "generate.tensor_parallel_size:"),
     "generate.parity_bound:",
 )

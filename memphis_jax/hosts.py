@@ -1,0 +1,336 @@
+"""A command that runs on several hosts at once: all start, or none; one lost stops all, by name.
+
+JAX's own service ends a process with a stack trace that names nobody. So the process that was
+started on each host only guards: it meets the others over TCP (port of the coordinator + 1), runs
+the real command as its child, and says what becomes of it. No jax.
+
+    JAX_COORDINATOR_ADDRESS=10.0.0.2:8476 JAX_NUM_PROCESSES=4 JAX_PROCESS_ID=0..3 memphis train ...
+
+MEMPHIS_BARRIER_SECONDS (300): how long the first waits for the last at the start.
+MEMPHIS_HEARTBEAT_SECONDS (60): a host that was not heard of for so long is lost.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from memphis_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_UNSURE, GUARDED
+from memphis_jax.rounds.processes import DIE_WITH_PARENT
+
+BEAT = 0.5  # seconds between signs of life
+GRACE = 10.0  # seconds for a process to end by itself when another ended with an error
+
+
+class HostsError(ValueError):
+    """Variables of the environment that do not describe a group of processes."""
+
+
+class Group(NamedTuple):
+    host: str  # of process 0
+    port: int  # JAX's; ours is the next
+    processes: int
+    process: int
+    barrier: float  # seconds
+    heartbeat: float  # seconds
+
+
+def from_environment() -> Group | None:
+    """The group that this process belongs to, by JAX's variables; None where it runs alone.
+
+    Raises HostsError naming the variable that is missing or wrong.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise HostsError(f"JAX_COORDINATOR_ADDRESS = {address!r} is not HOST:PORT")
+    count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if not 0 <= index < count:
+        raise HostsError(f"JAX_PROCESS_ID = {index} must be from 0 to JAX_NUM_PROCESSES - 1")
+    barrier = _number("MEMPHIS_BARRIER_SECONDS", 300)
+    heartbeat = _number("MEMPHIS_HEARTBEAT_SECONDS", 60)
+    return Group(host.strip("[]"), int(port), count, index, barrier, heartbeat)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not text.isdigit():
+        raise HostsError(
+            f"{name} = {text!r} must be a whole number: JAX_COORDINATOR_ADDRESS is set"
+        )
+    return int(text)
+
+
+def is_guarded() -> bool:
+    """Whether this process is the child of a guard."""
+    return GUARDED in os.environ
+
+
+def guard(group: Group, command: Sequence[str]) -> int:
+    """Runs `command` on this host once all hosts are here; returns the exit code to end with.
+
+    Its own code where it is 0, 75 (preempted, saved) or an error of its own; 76 where another
+    process was lost, which one line on stderr names.
+    """
+    hub = Hub(group) if group.process == 0 else None
+    try:
+        return Member(group).run(command)
+    except _Lost as lost:
+        print(f"memphis: {lost}", file=sys.stderr, flush=True)
+        return EXIT_PEER_LOST
+    finally:
+        if hub:
+            hub.close()
+
+
+class _Lost(Exception):
+    pass
+
+
+# --- every process
+
+
+class Member:
+    """One host's end of the line to the hub."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self._line = _connect(group)
+        self._heard = time.monotonic()
+        self._lost: str | None = None
+        self._blamed, self._gentle = -1, False
+        self._go, self._closed = threading.Event(), threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._say(hello=group.process, host=socket.gethostname())
+
+    def run(self, command: Sequence[str]) -> int:
+        while not self._go.wait(BEAT):
+            self._check()
+        child = subprocess.Popen(
+            command, env={**os.environ, GUARDED: "1"}, preexec_fn=DIE_WITH_PARENT
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda sent, _: child.send_signal(sent))
+        try:
+            while (code := _wait(child, BEAT)) is None:
+                self._check(child)
+        except _Lost:
+            child.kill()
+            child.wait()
+            raise
+        return self._end(code)
+
+    def _check(self, child: "subprocess.Popen[bytes] | None" = None) -> None:
+        """Raises _Lost where the group is broken; a child gets time to end with its own error."""
+        self._say(beat=True)
+        if time.monotonic() - self._heard > self.group.heartbeat and not self._lost:
+            self._lost = f"process 0 ({self.group.host}) is silent: {_advice()}"
+        if not self._lost:
+            return
+        if child and self._gentle and _wait(child, GRACE) is not None:
+            return
+        raise _Lost(self._lost)
+
+    def _end(self, code: int) -> int:
+        """Reports the child's end; after an end that may be another's fault, waits for a name."""
+        good = code in (0, EXIT_PREEMPTED)
+        self._say(ended=code, sure=good or code not in (-signal.SIGABRT, EXIT_UNSURE))
+        deadline = time.monotonic() + self.group.heartbeat + 2 * GRACE
+        while not good and not self._lost and time.monotonic() < deadline:
+            self._say(beat=True)
+            if self._closed.wait(BEAT):
+                break
+        if good or code == 1:  # 1: a line of its own said why
+            return code
+        if code == -signal.SIGKILL or self._blamed not in (-1, self.group.process):
+            raise _Lost(self._lost or f"process {self.group.process} was killed: {_advice()}")
+        return 1
+
+    def _say(self, **message: Any) -> None:
+        try:
+            self._line.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self._hub_gone()
+
+    def _listen(self) -> None:
+        try:
+            for text in self._line.makefile("r", encoding="utf-8"):
+                self._heard, message = time.monotonic(), json.loads(text)
+                if "go" in message:
+                    self._go.set()
+                if "lost" in message:
+                    self._blamed, self._gentle = message["blamed"], message["gentle"]
+                    self._lost = message["lost"]
+        except (OSError, ValueError):
+            pass
+        self._hub_gone()
+
+    def _hub_gone(self) -> None:
+        if self._lost is None:
+            self._blamed = 0
+            self._lost = f"process 0 ({self.group.host}) is gone: {_advice()}"
+        self._closed.set()
+
+
+def _advice() -> str:
+    return "all processes stop; the same command goes on from the last checkpoint"
+
+
+def _wait(child: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _connect(group: Group) -> socket.socket:
+    deadline = time.monotonic() + group.barrier
+    while True:
+        try:
+            line = socket.create_connection((group.host, group.port + 1), timeout=5)
+            line.settimeout(None)
+            return line
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _Lost(
+                    f"process 0 ({group.host}:{group.port + 1}) was not reached within "
+                    f"{group.barrier:g} s ({error}): does the command run there, is the port open?"
+                ) from None
+            time.sleep(BEAT)
+
+
+# --- process 0
+
+
+@dataclass
+class _Peer:
+    line: socket.socket
+    host: str
+    heard: float = field(default_factory=time.monotonic)
+    ended: bool = False
+
+
+class Hub:
+    """Where process 0 meets all processes, itself too, and tells them who is missing."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self._peers: dict[int, _Peer] = {}
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._doubt: tuple[float, int, str] | None = None  # an end that may be another's fault
+        self._went = self._over = False
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        try:
+            self._server = socket.create_server(
+                ("", group.port + 1), family=family, dualstack_ipv6=family == socket.AF_INET6
+            )
+        except OSError as error:
+            raise HostsError(
+                f"port {group.port + 1} (JAX_COORDINATOR_ADDRESS + 1) cannot be used: {error}"
+            ) from None
+        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        """Waits, not for ever, until the others have ended too: they listen to this process."""
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and not self._over:
+            with self._lock:
+                if all(peer.ended for peer in self._peers.values()):
+                    break
+            time.sleep(BEAT / 5)
+        self._over = True
+        self._server.close()
+
+    def _accept(self) -> None:
+        while not self._over:
+            try:
+                line, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(line,), daemon=True).start()
+
+    def _serve(self, line: socket.socket) -> None:
+        index = -1
+        try:
+            for text in line.makefile("r", encoding="utf-8"):
+                message = json.loads(text)
+                if "hello" in message:
+                    index = message["hello"]
+                    self._arrive(index, _Peer(line, message["host"]))
+                if index < 0:
+                    return  # none of ours
+                self._peers[index].heard = time.monotonic()
+                if "ended" in message:
+                    self._end(index, message["ended"], message["sure"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        if index >= 0 and not self._peers[index].ended:
+            self._tell_lost([index], "its connection closed: killed, or its host is gone")
+
+    def _arrive(self, index: int, peer: _Peer) -> None:
+        with self._lock:
+            self._peers[index] = peer
+            if len(self._peers) == self.group.processes and not self._went:
+                self._went = True
+                self._tell(go=True)
+
+    def _end(self, index: int, code: int, sure: bool) -> None:
+        self._peers[index].ended = True
+        if code in (0, EXIT_PREEMPTED):
+            return
+        why = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if sure:
+            self._tell_lost([index], why, gentle=code > 0)
+        elif self._doubt is None:
+            self._doubt = (time.monotonic(), index, why)
+
+    def _watch(self) -> None:
+        while not self._over:
+            time.sleep(BEAT)
+            now, group = time.monotonic(), self.group
+            if not self._went:
+                if now - self._started > group.barrier:
+                    missing = sorted(set(range(group.processes)) - self._peers.keys())
+                    self._tell_lost(missing, f"did not arrive within {group.barrier:g} s")
+                with self._lock:
+                    self._tell(beat=True)
+                continue
+            for index, peer in list(self._peers.items()):
+                if not peer.ended and now - peer.heard > group.heartbeat:
+                    self._tell_lost([index], f"was not heard of for {group.heartbeat:g} s")
+            if self._doubt and now - self._doubt[0] > group.heartbeat:
+                self._tell_lost([self._doubt[1]], self._doubt[2])
+            with self._lock:
+                self._tell(beat=True)
+
+    def _tell_lost(self, indices: list[int], why: str, gentle: bool = False) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            names = [
+                f"process {i} of {self.group.processes}"
+                + (f" ({self._peers[i].host})" if i in self._peers else "")
+                for i in indices
+            ]
+            text = f"{' and '.join(names)} {why}: {_advice()}"
+            self._tell(lost=text, blamed=indices[0], gentle=gentle)
+
+    def _tell(self, **message: Any) -> None:
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.line.sendall(json.dumps(message).encode() + b"\n")
