@@ -3,8 +3,8 @@
 Process 0 listens at the coordinator's address; the others connect, get a task and hand back a
 result. A message is a JSON object on a line. Signs of life go both ways with the work, so a process
 that died (its connection closes) or hangs (nothing is heard for `Hosts.seconds`) ends the others
-with its name. `jax.distributed` could carry this, too, but it aborts the survivors instead of
-letting them clean up, and makes orbax wait for all processes wherever one of them reads.
+with its name. `jax.distributed` could carry this, too, but where a process dies it aborts the
+others amid their work (after up to 100 s), and it makes orbax wait for all wherever one reads.
 
 The port is open to whoever reaches it while an export runs, like that of a JAX coordinator: keep it
 inside the pod's network.
@@ -23,9 +23,7 @@ from convert.hf_folder import ConvertError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIMIT = "MEMPHIS_BARRIER_SECONDS"
-_GRACE = (
-    10.0  # s that others give process 0, so that its message, which names the culprit, is first
-)
+_GRACE = 10.0  # s: process 0 gets so much more, for its message, which names the culprit, is first
 _PULSE = 1.0  # s between signs of life
 
 
@@ -200,7 +198,7 @@ def team_of(hosts: Hosts, arguments: dict[str, Any]) -> Iterator[Team]:
     team = Team(hosts)
     try:
         with team.parting_on_error():
-            hello = {"process": hosts.process, "count": hosts.count, "arguments": arguments}
+            hello = {"process": hosts.process, VARIABLES[1]: hosts.count, **arguments}
             if hosts.process:
                 team.add(0, _connect(hosts))
                 team.tell(hello=hello)
@@ -231,9 +229,14 @@ def _gather(team: Team, own: dict[str, Any]) -> None:
                 connection.close()  # a stranger: a port scanner, a health check
                 continue
             process = hello["process"]
-            team.add(process, connection, unread)
-            if hello != {**own, "process": process}:
-                raise ConvertError(f"process {process} runs with {hello}, process 0 with {own}")
+            # A second one of its number is told why, too.
+            team.add(process if process in missing else -process, connection, unread)
+            for key in own.keys() - {"process"}:
+                if hello.get(key) != own[key]:
+                    raise ConvertError(
+                        f"process {process} runs with {key}={hello.get(key)}, "
+                        f"process 0 with {key}={own[key]}"
+                    )
             if process not in missing:
                 raise ConvertError(f"JAX_PROCESS_ID={process} came twice: every process needs one")
             missing.remove(process)

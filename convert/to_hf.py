@@ -58,7 +58,7 @@ def to_hf(
     Raises what `open_checkpoint` raises, and ConvertError for an unfit target or, in every process,
     where one of them fails, dies or falls silent.
     """
-    with team_of(hosts, {"dtype": dtype, "max_shard_size": max_shard_size}) as team:
+    with team_of(hosts, {"--dtype": dtype, "--max-shard-size": max_shard_size}) as team:
         if hosts.process:
             task = team.wait_for("task")[0]
             source = open_checkpoint(checkpoint, task["step"])
@@ -256,7 +256,7 @@ def _check_arrived(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _soon(seen: Callable[[], bool], seconds: float = 30) -> bool:
-    """Whether `seen()` in a while: a mounted bucket shows new files late. A missing one: not yet."""
+    """Whether `seen()`, in a while: a mounted bucket shows new files late."""
     deadline = time.monotonic() + min(seconds, 30)
     while True:
         with suppress(OSError):

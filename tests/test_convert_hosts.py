@@ -1,5 +1,6 @@
 """Several processes export one sharded checkpoint: the same tensors, bounded memory, no orphans."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from convert.hf_folder import ConvertError
-from convert.hosts import ALONE, Hosts
+from convert.hosts import ALONE, Hosts, team_of
 from convert.mapping import places
 from convert.plan import divide, split
 from convert.to_hf import to_hf
@@ -69,10 +70,14 @@ def sharded_checkpoint(folder: Path, config: ModelConfig, mesh_shape: tuple[int,
     return values
 
 
-def start(count: int, *command: str | Path, code: str = MAIN, **environment: Any) -> list:
-    """`count` processes of `python -m convert`, told of each other as on a pod."""
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+        return server.getsockname()[1]
+
+
+def start(count: int, *command: str | Path, code: str = MAIN, **environment: str) -> list:
+    """`count` processes of `python -m convert`, told of each other as on a pod."""
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-c", code, *command],
@@ -81,7 +86,7 @@ def start(count: int, *command: str | Path, code: str = MAIN, **environment: Any
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(environment.pop("JAX_NUM_PROCESSES", count)),
+                "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(process),
                 **environment,
             },
@@ -144,6 +149,46 @@ def test_the_environment_of_a_process():
     variables = {"JAX_COORDINATOR_ADDRESS": "[fe80::1]:8476", "MEMPHIS_BARRIER_SECONDS": "20"}
     variables |= {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
     assert Hosts.of(variables) == Hosts(3, 4, ("fe80::1", 8476), 20.0)
+
+
+def join(hosts: Hosts, dtype: str = "keep") -> str:
+    """What a process says at the end: the error, or "" where all came."""
+    try:
+        with team_of(hosts, {"--dtype": dtype}) as team:
+            if hosts.process:
+                return team.wait_for("bye")[0]
+            team.part(bye="")
+            return ""
+    except ConvertError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([(1, "keep"), (2, "keep")], ""),
+        ([(1, "keep"), (2, "float32")], "process 2 runs with --dtype=float32, process 0 with"),
+        ([(1, "keep"), (1, "keep")], "JAX_PROCESS_ID=1 came twice: every process needs one"),
+    ],
+)
+def test_processes_must_agree(others, message):
+    address = ("127.0.0.1", free_port())
+    with ThreadPoolExecutor(4) as pool:
+        said = [pool.submit(join, Hosts(0, 3, address))]
+        stranger = call(address)  # says nothing that we understand
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        said += [pool.submit(join, Hosts(who, 3, address), dtype) for who, dtype in others]
+        assert {future.result()[: len(message) or None] for future in said} == {message}
+        assert stranger.recv(1) == b""
+        stranger.close()
+
+
+def call(address: tuple[str, int]) -> socket.socket:
+    for _ in range(100):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(address)
+        time.sleep(0.05)
+    raise AssertionError("nobody listens")
 
 
 @pytest.mark.parametrize("mesh_shape", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
@@ -224,12 +269,12 @@ def test_a_silent_process_is_named_within_the_limit(tmp_path):
     sharded_checkpoint(tmp_path / "run", WHOLE, (1, 8, 1))
     code = FAULTY.format(who=1, how="time.sleep(300)") + MAIN
     command = ("to-hf", tmp_path / "run", tmp_path / "hf")
-    processes = start(3, *command, code=code, MEMPHIS_BARRIER_SECONDS="20")
+    processes = start(3, *command, code=code, MEMPHIS_BARRIER_SECONDS="12")
     ended = finish([processes[0], processes[2]])
     processes[1].kill()
     processes[1].communicate()
     for code, _, err in ended:
-        assert code == 2 and "error: process 1 of 3 has not been heard of for 20 s" in err
+        assert code == 2 and "error: process 1 of 3 has not been heard of for 12 s" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
