@@ -9,10 +9,12 @@ Axis letters: B batch, T position, N heads, K kv-heads, H head dim.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -150,21 +152,49 @@ def splash_attention(
             block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
             head_shards=1,
             q_seq_shards=1,
-            residual_checkpoint_name="attention",
+            save_residuals=True,
             interpret=interpret,
         )
         # Constants of the program, not of this process's device: it may run on another.
         kernel = jax.tree.map(np.asarray, kernel)
 
-    def attend(
+    def scaled(q: jax.Array) -> jax.Array:
+        return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> tuple[jax.Array, Any]:
+        heads = (x.swapaxes(1, 2) for x in (scaled(q), k, v))  # [B, heads, T, H]
+        out, (logsumexp,) = jax.vmap(kernel)(*heads, ids)
+        # Kept as [B, T, N * H]: a last axis of H = 80 would be padded to 128.
+        out = out.swapaxes(1, 2).reshape(*q.shape[:2], -1)
+        out, logsumexp = checkpoint_name((out, logsumexp), "attention")
+        return out.reshape(q.shape), (q, k, v, ids, out, logsumexp)
+
+    def backward(saved: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+        q, k, v, ids, out, logsumexp = saved
+
+        def row(*heads_and_ids: Any) -> Any:
+            q, k, v, out, dout, logsumexp, ids = heads_and_ids
+            masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+            residuals = (q, k, v, ids, None, out, logsumexp, *masks)
+            gradients = splash._splash_attention_bwd(res=residuals, do=dout, **kernel.kwargs)
+            return gradients[3:6]
+
+        outs = (scaled(q), k, v, out.reshape(q.shape), dout)
+        heads = (x.swapaxes(1, 2) for x in outs)  # [B, heads, T, H]
+        dq, dk, dv = (x.swapaxes(1, 2) for x in jax.vmap(row)(*heads, logsumexp, ids))
+        return scaled(dq), dk, dv, None
+
+    # The kernel's own rule would keep its output as [N, T, H].
+    attend = jax.custom_vjp(lambda *args: forward(*args)[0])
+    attend.defvjp(forward, backward)
+
+    def attention(
         q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
     ) -> jax.Array:
-        scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-        q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))  # [B, heads, T, H]
         ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
-        return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+        return attend(q, k, v, ids)
 
-    return _sharded(mesh, attend)
+    return _sharded(mesh, attention)
 
 
 def cudnn_attention(mesh: Mesh) -> Attention:
@@ -177,11 +207,12 @@ def cudnn_attention(mesh: Mesh) -> Attention:
         q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
     ) -> jax.Array:
         if segment_ids is None:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+            return checkpoint_name(out, "attention")
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, T]
         mask = same & jnp.tri(q.shape[1], dtype=bool)
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-        return jax.ad_checkpoint.checkpoint_name(out, "attention")
+        return checkpoint_name(out, "attention")
 
     return _sharded(mesh, attend)
 

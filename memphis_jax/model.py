@@ -149,7 +149,8 @@ def causal_attention(
         if segment_ids is not None:
             mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
         outputs.append(masked_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], mask))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    return checkpoint_name(out, "attention")
 
 
 class Ops(NamedTuple):
@@ -202,8 +203,7 @@ class Attention(nnx.Module):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         out, cache = attend(rotary(q), rotary(k), v)
-        out = checkpoint_name(out.reshape(x.shape), "attention")
-        return self.o_proj(out), cache
+        return self.o_proj(out.reshape(x.shape)), cache
 
 
 class MLP(nnx.Module):
