@@ -123,12 +123,13 @@ def lookup(table: jax.Array, tokens: jax.Array, *, mesh: Mesh) -> jax.Array:
     Tokens travel instead of the table: each device looks up all rows of its fsdp group in its part
     of D and V, then the parts change places. The gradient comes out divided like the table.
     """
-    vocab_axis = leaf_spec("embed_tokens", table.shape, dict(mesh.shape))[0]
+    parts = mesh.shape["model"]
+    vocab_axis = leaf_spec("embed_tokens", table.shape, dict(mesh.shape))[0] if parts > 1 else None
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:  # [V/m, D/f], [B/(d f), T]
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)  # [B/d, T]
         if vocab_axis is None:
-            length = tokens.shape[1] // mesh.shape["model"]
+            length = tokens.shape[1] // parts
             start = jax.lax.axis_index("model") * length
             x = table[jax.lax.dynamic_slice_in_dim(tokens, start, length, axis=1)]
         else:

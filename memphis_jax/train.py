@@ -160,6 +160,21 @@ def make_step(
     and after, and the batch as `batch_sharding` says; without one, on a single device. The devices
     of the mesh may be those of a TPU that is only compiled for.
     """
+    optimizer = settings.optimizer
+    step = partial(
+        train_step,
+        **objective(phase, settings, compute, mesh),
+        optimizer=make_optimizer(optimizer),
+        schedule=cosine_schedule(optimizer.learning_rate, num_steps, optimizer.warmup_ratio),
+        freeze=is_embedding if optimizer.freeze_embeddings else lambda _: False,
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def objective(
+    phase: str, settings: PhaseConfig, compute: ComputeConfig, mesh: Mesh | None
+) -> dict[str, Any]:
+    """What `loss_and_gradients` takes beside arrays: the phase's losses, computed on a mesh."""
     forward: dict[str, Any] = {
         "dtype": compute.dtype,
         "remat": compute.remat,
@@ -171,17 +186,11 @@ def make_step(
     coefficients = {"token": 1.0}
     if phase == "rank":
         coefficients["rank_loss"] = settings.rank_weight
-    optimizer = settings.optimizer
-    step = partial(
-        train_step,
-        sums_fn=partial(rank_sums if phase == "rank" else sft_sums, **forward),
-        coefficients=coefficients,
-        optimizer=make_optimizer(optimizer),
-        schedule=cosine_schedule(optimizer.learning_rate, num_steps, optimizer.warmup_ratio),
-        freeze=is_embedding if optimizer.freeze_embeddings else lambda _: False,
-        place=(lambda tree: tree) if mesh is None else partial(_place, mesh=mesh),
-    )
-    return jax.jit(step, donate_argnums=0)
+    return {
+        "sums_fn": partial(rank_sums if phase == "rank" else sft_sums, **forward),
+        "coefficients": coefficients,
+        "place": (lambda tree: tree) if mesh is None else partial(_place, mesh=mesh),
+    }
 
 
 def _place(tree: Any, mesh: Mesh) -> Any:
