@@ -213,6 +213,7 @@ def _gather(team: Team, own: dict[str, Any]) -> None:
     """Process 0: waits until every other process has said hello."""
     hosts, missing = team.hosts, set(range(1, team.hosts.count))
     deadline = time.monotonic() + hosts.seconds
+    misfit = ""
     with _listen(hosts.address[1]) as server:
         while missing:
             try:
@@ -220,7 +221,8 @@ def _gather(team: Team, own: dict[str, Any]) -> None:
                 connection, _ = server.accept()
             except TimeoutError:
                 raise ConvertError(
-                    f"{' and '.join(map(hosts.name, sorted(missing)))} did not come to "
+                    misfit
+                    or f"{' and '.join(map(hosts.name, sorted(missing)))} did not come to "
                     f"{hosts.where} within {hosts.seconds:g} s ({LIMIT}): "
                     "start the same command on every host"
                 ) from None
@@ -231,15 +233,17 @@ def _gather(team: Team, own: dict[str, Any]) -> None:
             process = hello["process"]
             # A second one of its number is told why, too.
             team.add(process if process in missing else -process, connection, unread)
-            for key in own.keys() - {"process"}:
-                if hello.get(key) != own[key]:
-                    raise ConvertError(
-                        f"process {process} runs with {key}={hello.get(key)}, "
-                        f"process 0 with {key}={own[key]}"
-                    )
             if process not in missing:
                 raise ConvertError(f"JAX_PROCESS_ID={process} came twice: every process needs one")
             missing.remove(process)
+            for key in own.keys() - {"process"}:
+                if hello.get(key) != own[key]:
+                    theirs = f"process {process} runs with {key}={hello.get(key)}"
+                    misfit = misfit or f"{theirs}, process 0 with {key}={own[key]}"
+                    # The others are waited for a little longer, so that they hear of it.
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+    if misfit:
+        raise ConvertError(misfit)
 
 
 def _listen(port: int) -> socket.socket:
