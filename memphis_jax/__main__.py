@@ -16,6 +16,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "grade": ("rounds.commands", "grade", "check answers against the ground truth"),
     "pairs": ("rounds.commands", "pairs", "correct-incorrect pairs of graded answers"),
     "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
+    "plan": ("plan", "plan", "does a config fit a TPU slice, how fast, how long? needs no TPU"),
     "report": ("report", "main", "one HTML page about a run"),
 }
 ON_ALL_HOSTS = ("train", "parity")  # what several hosts compute together

@@ -28,10 +28,10 @@ class Chip:
     source: str
 
 
-# A link is published as bandwidth of all links of a chip in both directions: per link and direction
-# that is 1 / (2 * links) of it. v4's page has none: its all-reduce bandwidth of a pod, 1.1 PB/s, by
-# 4096 chips and 6 links gives 45 GB/s, as in https://jax-ml.github.io/scaling-book/tpus/, which also
-# says where a dimension closes to a ring.
+# Published is the bandwidth of all links of a chip in both directions: per link and direction that
+# is 1 / (2 * links) of it. v4's page has none: its all-reduce bandwidth of a pod, 1.1 PB/s, by 4096
+# chips and 6 links gives 45 GB/s, as in https://jax-ml.github.io/scaling-book/tpus/, which also says
+# where a dimension closes to a ring.
 CHIPS = {
     "v4": Chip(
         275e12, 32 * 2**30, 1200e9, 45e9, 3, 4096, 4, 1, "https://docs.cloud.google.com/tpu/docs/v4"

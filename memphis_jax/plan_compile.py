@@ -51,6 +51,7 @@ class Compiled:
     moved: float = 0.0  # HBM bytes
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # that it took to compile
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # the compiler's own account
 
     @property
     def fits(self) -> bool:
@@ -199,7 +200,7 @@ def _trainable(model: Any, settings: Any) -> Any:
 
 
 def _ask_compiler(lowered: Any) -> tuple[dict[str, Any], str]:
-    """({peak}, the optimized program), "" for a program that does not fit."""
+    """({peak, sizes}, the optimized program); {peak} and "" for a program that does not fit."""
     from jax.errors import JaxRuntimeError
 
     try:
@@ -208,14 +209,11 @@ def _ask_compiler(lowered: Any) -> tuple[dict[str, Any], str]:
         needed, _ = _out_of_memory(error)
         return {"peak": needed}, ""
     memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    return {"peak": peak}, compiled.as_text()
+    names = ("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size")
+    sizes = {name: getattr(memory, f"{name}_in_bytes") for name in names}
+    sizes["peak_memory"] = memory.peak_memory_in_bytes
+    allocated = sum(sizes[name] for name in names) - 2 * sizes["alias_size"]
+    return {"peak": max(allocated, sizes["peak_memory"]), "sizes": sizes}, compiled.as_text()
 
 
 def _out_of_memory(error: Exception) -> tuple[float, float]:

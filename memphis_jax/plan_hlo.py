@@ -157,8 +157,8 @@ def collectives(module: Module) -> dict[str, Traffic]:
     """Traffic of each kind of collective that runs in a step.
 
     A chain of asynchronous fusions repeats its collective in every link: a channel counts once.
-    Least bytes into a device, for groups of n and b bytes of payload: all-gather, reduce-scatter and
-    all-to-all b (n - 1) / n, all-reduce twice that, collective-permute b.
+    Least bytes into a device, for groups of n and b bytes of payload: all-gather, reduce-scatter
+    and all-to-all b (n - 1) / n, all-reduce twice that, collective-permute b.
     """
     found: dict[str, Traffic] = {}
     seen: set[str] = set()
