@@ -334,3 +334,24 @@ def test_slices_lie_along_data() -> None:
     devices = [SimpleNamespace(platform="tpu", slice_index=i // 2) for i in range(4)]
     with pytest.raises(ConfigError, match=r"mesh\.data = 1 is not a multiple of the 2 slices"):
         sharding.make_mesh(1, 4, 1, devices=devices)
+
+
+def test_rows_of_real_slices() -> None:
+    """Two v5e slices of 16 chips, as the TPU runtime describes them to the compiler."""
+    pytest.importorskip("libtpu", reason="libtpu describes TPU slices (the extra `dev` has it)")
+    code = """
+from jax.experimental import topologies
+from memphis_jax import sharding
+slices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2)
+mesh = sharding.make_mesh(2, -1, 1, devices=slices.devices)
+assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+rows = sharding.row_shards(mesh)
+assert sorted(sum(rows, [])) == list(range(32)) and {len(own) for own in rows} == {4}
+assert any(own != list(range(own[0], own[0] + 4)) for own in rows)  # not side by side
+assert sorted(sharding.host_share(mesh, p) for p in range(8)) == [(p, 8) for p in range(8)]
+"""
+    env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -168,7 +168,7 @@ class Recipe:
         # vLLM rounds to the dtype of compute anyway; rounded here, half the bytes travel.
         dtype = self.config.compute.dtype if self.config.generate.engine == "vllm" else "keep"
         command = (*CONVERT, "to-hf", folder, out, "--dtype", dtype)
-        self.stage(f"{name}-export", command, inputs, [out])
+        self.stage(f"{name}-export", command, inputs, [out], prefix=self.config.executor.train)
         self.exported[folder] = out
 
     def sample(
