@@ -106,7 +106,8 @@ run() {
   follow
   [[ -e $job/exit ]] || fail "the job is gone: this worker was restarted, or its processes killed"
   code=$(<"$job/exit")
-  printf '\n[exit code %s]\n' "$code"
+  [[ -z $(tail -c 1 "$job/log") ]] || echo
+  printf '[exit code %s]\n' "$code"
   exit $((code == 255 ? 254 : code)) # gcloud takes 255 for a lost connection
 }
 

@@ -1,4 +1,4 @@
-"""What the tests of launch/ share: a pod in a stand-in for the cloud, and a trainer to run there."""
+"""What the tests of launch/ share: a pod in a stand-in for the cloud, and a trainer for it."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from typing import Any
 from fake_gcloud.cloud import Cloud
 
 REPO = Path(__file__).resolve().parents[1]
-LAUNCH = REPO / "launch"
 PROGRAMS = REPO / "tests" / "fake_gcloud" / "bin"
 STEPS = 5
 
@@ -79,12 +78,33 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) ->
         time.sleep(0.05)
 
 
+def copy_checkout(folder: Path) -> Path:
+    """What launch/ puts on a pod, and launch/ itself: the real files may change meanwhile."""
+    for name in ("memphis_jax", "convert", "launch", "requirements", "configs"):
+        hidden = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / name, folder / name, ignore=hidden)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder)
+    return folder
+
+
 @dataclass
 class Place:
     """A folder with a cloud, a controller's home and a bucket's mount in it."""
 
     folder: Path
+    checkout: Path
     environment: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Ends what a test that failed has left."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        for node in (self.cloud.folder / "nodes").glob("*"):
+            self.cloud.kill(node.name)
 
     @property
     def cloud(self) -> Cloud:
@@ -118,8 +138,8 @@ class Place:
         }
 
     def start(self, script: str, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(LAUNCH / script), *words],
+        process = subprocess.Popen(
+            [str(self.checkout / "launch" / script), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,6 +147,8 @@ class Place:
             env=self.variables(),
             cwd=self.folder,
         )
+        self.started.append(process)
+        return process
 
     def call(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
         process = self.start(script, *words)
@@ -157,13 +179,21 @@ class Place:
     @property
     def command(self) -> list[str]:
         workdir = self.mount / "it's $(a) run"
-        return ["/here/python3", str(self.mount / "trainer.py"), "--workdir", str(workdir), 'a  "b"']
+        return [
+            "/here/python3",
+            str(self.mount / "trainer.py"),
+            "--workdir",
+            str(workdir),
+            'a  "b"',
+        ]
 
     def steps(self) -> int:
         return len(list(self.bucket.glob("it's $(a) run/checkpoints/*")))
 
     def starts(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.bucket / "starts.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.bucket / "starts.jsonl").read_text().splitlines()
+        ]
 
     def jobs(self) -> list[str]:
         """The ids of the jobs, in the order of their starts."""
@@ -177,8 +207,10 @@ class Place:
         process = self.start("tpu_run.sh", "pod", *options, "--", *self.command)
         wait_for(lambda: self.steps() == step or process.poll() is not None, f"step {step}")
         assert process.poll() is None, process.communicate()
-        workers = len({start["process"] for start in self.starts()})
-        wait_for(lambda: len(self.starts()) % workers == 0 and workers > 1, "every process")
+        newest = self.jobs()[-1]
+        wait_for(
+            lambda: sum(start["job"] == newest for start in self.starts()) == 2, "both processes"
+        )
         return process
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
@@ -192,7 +224,7 @@ class Place:
 def copy_of(template: Place, folder: Path) -> Place:
     """A place like `template`, whose pod is set up, in another folder."""
     shutil.copytree(template.folder, folder, symlinks=True, dirs_exist_ok=True)
-    place = Place(folder, dict(template.environment))
+    place = Place(folder, template.checkout, dict(template.environment))
     place.mount.unlink()
     place.mount.symlink_to(place.bucket)
     for path in (place.kept / "options", place.cloud.folder / "state.json"):

@@ -90,7 +90,10 @@ class Cloud:
         """Queues a request; its nodes exist from the moment it is ACTIVE."""
         kind, _, count = args["accelerator-type"].rpartition("-")
         workers = max(1, int(count) // HOSTS[kind]) if int(count) > 8 or kind == "v4" else 1
-        node = {"acceleratorType": args["accelerator-type"], "runtimeVersion": args["runtime-version"]}
+        node = {
+            "acceleratorType": args["accelerator-type"],
+            "runtimeVersion": args["runtime-version"],
+        }
         if args.get("node-id"):
             names = [args["node-id"]]
             spec: dict[str, Any] = {"nodeId": args["node-id"], "node": node}

@@ -33,7 +33,9 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
                 raise UsageError(f"{error}unrecognized arguments: {word}")
             if flags[flag].get("type") == "bool":
                 if equals:
-                    raise UsageError(f"{error}argument --{flag}: ignored explicit argument {value!r}")
+                    raise UsageError(
+                        f"{error}argument --{flag}: ignored explicit argument {value!r}"
+                    )
                 given[flag] = True
                 continue
             if not equals and (value := next(rest, "")) == "":

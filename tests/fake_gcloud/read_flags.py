@@ -45,7 +45,9 @@ def simplified(argument: dict[str, Any]) -> dict[str, Any] | None:
         return {"group": inner, **flags} if inner else None
     if argument.get("global"):
         return None
-    kept = {k: argument[k] for k in ("name", "positional", "required", "choices") if argument.get(k)}
+    kept = {
+        k: argument[k] for k in ("name", "positional", "required", "choices") if argument.get(k)
+    }
     kind = argument.get("type", "string")
     return kept | ({"type": kind} if kind in ("bool", "int") else {})
 
