@@ -84,8 +84,19 @@ run() {
   if [[ -n $dry && $1 != "$here"/tpu_* ]]; then
     shown "$@"
   else
-    "$@"
+    child "$tmp/none" "$@"
   fi
+}
+
+# All that this script started gets the signal: a job on the pod is stopped, after a checkpoint.
+interrupted() {
+  local one
+  trap '' INT TERM
+  kill_children
+  for one in "$tmp/children"/*; do
+    wait "${one##*/}" || true
+  done
+  exit "$1"
 }
 
 main() {
@@ -96,6 +107,9 @@ main() {
     creation=(--again)
   fi
   check_workdir
+  open true
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM
   run "$here/tpu_create.sh" "$name" "${creation[@]}" ${dry:+--dry-run}
   if [[ -z $dry || -s $pod/options ]]; then
     run "$here/tpu_setup.sh" "$name" ${dry:+--dry-run}

@@ -102,8 +102,8 @@ check_type() {
 
 check_bucket() {
   local location hierarchical
-  if ! gc storage buckets describe "$bucket" --raw \
-    '--format=value(location,hierarchicalNamespace.enabled)'; then
+  if ! gc storage buckets describe "$bucket" \
+    '--format=value(location,hierarchicalNamespace.enabled)' --raw; then
     case $(<"$tmp/err") in
       *"not found"* | *404*) fail "there is no bucket $bucket: gcloud storage buckets create $bucket" \
         "--location=${zone%-*} --uniform-bucket-level-access --enable-hierarchical-namespace" ;;
@@ -134,14 +134,19 @@ request() {
     --quiet || explain "create $name"
 }
 
-# One that exists is used, unless it is another than the one that is asked for.
+# A pod of this name that was requested from here otherwise, and is still there, is an error: what
+# follows would take it for one that is gone.
 check_existing() {
-  local words old
-  [[ -s $pod/options && $state != gone ]] || return 0
-  mapfile -t words <"$pod/options"
-  old=$(printf '%s\n' "${words[@]}" | grep -A 1 -xe --type | tail -n 1)
-  [[ $old == "$type" ]] || fail "$name exists and is a $old, not a $type: choose another name, or" \
-    "'launch/tpu_delete.sh $name' first"
+  local old wanted="$slices x $type in $zone of $project"
+  [[ -s $pod/options ]] || return 0
+  old=$(
+    load_pod
+    printf '%s x %s in %s of %s' "$slices" "$type" "$zone" "$project"
+    look
+    [[ $state != gone ]] || printf ' (gone)'
+  ) || exit 1
+  [[ $old == "$wanted"* || $old == *" (gone)" ]] || fail "$name exists: $old, not $wanted. Choose" \
+    "another name, or 'launch/tpu_delete.sh $name' first"
 }
 
 main() {
@@ -152,10 +157,13 @@ main() {
   check_type
   check_bucket
   lock_pod_folder
-  look
-  [[ -z $dry ]] || state=gone why="there is none"
-  check_existing
-  [[ -n $dry ]] || save_pod
+  if [[ -n $dry ]]; then
+    state=gone why="there is none"
+  else
+    check_existing
+    look
+    save_pod
+  fi
   if [[ $state == gone ]]; then
     if [[ $why != "there is none" ]]; then
       say "$name: $why; deleting it to request it again"

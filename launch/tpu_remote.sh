@@ -168,12 +168,12 @@ follow() {
 
 # stop SECONDS: SIGTERM, so that a checkpoint is saved; SIGKILL after so many seconds.
 stop() {
-  local deadline=$((SECONDS + $1))
+  local deadline=$((SECONDS + $1)) asked=''
   while running; do
     if [[ ! -s $job/pid ]]; then
       :
     elif ((SECONDS < deadline)); then
-      [[ -n ${asked-} ]] || kill -TERM -- "-$(<"$job/pid")" 2>/dev/null || true
+      [[ -n $asked ]] || kill -TERM -- "-$(<"$job/pid")" 2>/dev/null || true
       asked=yes
     else
       kill -KILL -- "-$(<"$job/pid")" 2>/dev/null || true

@@ -121,7 +121,7 @@ ensure_pod() {
       child "$tmp/none" sleep "$poll"
     elif any_running >/dev/null || all_have "$(stamp_of_checkout)"; then
       return 0
-    elif ! "$here/tpu_setup.sh" "$name"; then
+    elif ! child "$tmp/none" "$here/tpu_setup.sh" "$name"; then
       look
       if ((attempt >= tries)) || [[ $state == ready ]]; then
         fail "$name could not be set up"
@@ -134,7 +134,7 @@ have_pod() {
   wait_for_pod
   [[ $state == gone ]] || return 0
   say "$name: $why"
-  "$here/tpu_create.sh" "$name" --again || fail "$name could not be had again"
+  child "$tmp/none" "$here/tpu_create.sh" "$name" --again || fail "$name could not be had again"
   wait_for_pod
   [[ $state == ready ]] || fail "$name: $why"
 }

@@ -109,7 +109,7 @@ main() {
   on_all remote mount "${bucket#gs://}" "$mount"
   must_all "mount $bucket"
   say "counting the devices"
-  "$here/tpu_run.sh" "$name" ${dry:+--dry-run} --as-is -- python tpu_devices.py \
+  child "$tmp/none" "$here/tpu_run.sh" "$name" ${dry:+--dry-run} --as-is -- python tpu_devices.py \
     "$((slices * $(devices_of "$type")))"
   on_all remote stamp "$stamp"
   must_all "note what it has"

@@ -1,5 +1,6 @@
 """What the tests of launch/ share: a pod in a stand-in for the cloud, and a trainer for it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -54,10 +55,16 @@ def check():
     for path in workdir.glob(f"pid-{job}-*"):
         other = path.name.rpartition("-")[2]
         pid = path.read_text().strip()
-        if pid and not Path(f"/proc/{pid}").exists():
+        if pid and not lives(pid):
             if not (workdir / f"done-{job}-{other}").exists():
                 print(f"lost process {other}", flush=True)
                 sys.exit(76)
+def lives(pid):
+    try:
+        return b"trainer.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+check()
 step = steps()
 while step < STEPS:
     check()
@@ -152,7 +159,7 @@ class Place:
 
     def call(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
         process = self.start(script, *words)
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=1200)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def ok(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -200,7 +207,12 @@ class Place:
         return list(dict.fromkeys(start["job"] for start in self.starts()))
 
     def is_running(self) -> bool:
-        return any(Path(f"/proc/{start['pid']}").exists() for start in self.starts())
+        trainer = str(self.mount / "trainer.py").encode()
+        for start in self.starts():
+            with contextlib.suppress(OSError):
+                if trainer in Path(f"/proc/{start['pid']}/cmdline").read_bytes():
+                    return True
+        return False
 
     def run_and_wait_at(self, step: int, *options: str) -> subprocess.Popen[str]:
         self.control(hold=step)
