@@ -197,15 +197,15 @@ unseen() {
 }
 
 look_at_nodes() {
-  local one found health ips number
-  node=() worker=() address=() state=ready why=ACTIVE
+  local one found health ips ip number nodes=() workers=() addresses=()
+  state=ready why=ACTIVE
   for one in $(node_names); do
     if ! gc compute tpus tpu-vm describe "$one" "${place[@]}" \
-      --format='value(state,health,networkEndpoints[].ipAddress)'; then
+      --format='value(state,networkEndpoints[].ipAddress,health)'; then
       unseen "$one"
       return
     fi
-    IFS=$'\t' read -r found health ips <"$tmp/out" || true
+    IFS=$'\t' read -r found ips health <"$tmp/out" || true # the last may be empty
     case $found in
       READY) ;;
       PREEMPTED | TERMINATED | STOPPED | STOPPING | DELETING)
@@ -217,9 +217,13 @@ look_at_nodes() {
     [[ $health != UNHEALTHY_MAINTENANCE ]] || { state=waiting why="node $one is in maintenance"; }
     number=0
     for ip in ${ips//;/ }; do
-      node+=("$one") worker+=($((number++))) address+=("$ip")
+      nodes+=("$one") workers+=($((number++))) addresses+=("$ip")
     done
   done
+  # Of a pod that is not ready, what is known from before stays.
+  if [[ $state == ready ]]; then
+    node=("${nodes[@]}") worker=("${workers[@]}") address=("${addresses[@]}")
+  fi
 }
 
 # What a dry run assumes: the hosts that the type has.
@@ -230,7 +234,7 @@ look_dry() {
     --format='value(state.state,state.failedData.error.message)'
   for one in $(node_names); do
     gc compute tpus tpu-vm describe "$one" "${place[@]}" \
-      --format='value(state,health,networkEndpoints[].ipAddress)'
+      --format='value(state,networkEndpoints[].ipAddress,health)'
     for ((number = 0; number < $(hosts_of "$type"); number++)); do
       node+=("$one") worker+=("$number") address+=("ADDRESS-OF-$one-WORKER-$number")
     done

@@ -135,7 +135,7 @@ class Place:
             "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
             "HOME": str(self.folder),
             "FAKE_CLOUD": str(self.cloud.folder),
-            "FAKE_WORKER_PATH": "/usr/local/bin:/usr/bin:/bin",
+            "FAKE_WORKER_PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
             "MEMPHIS_TPU_HOME": str(self.folder / "tpu"),
             "MEMPHIS_TPU_POLL": "1",
             "MEMPHIS_PYTHON": sys.executable,

@@ -321,14 +321,16 @@ def test_two_slices(tmp_path: Path, checkout: Path) -> None:
         assert environment["MEGASCALE_COORDINATOR_ADDRESS"] == f"{first}:8081"
 
 
-@pytest.mark.parametrize("grace", [0.0, 3.0])
-def test_a_preempted_pod_is_replaced_set_up_and_goes_on(pod: Place, grace: float) -> None:
+@pytest.mark.parametrize(("grace", "request_state"), [(0.0, "ACTIVE"), (3.0, "SUSPENDED")])
+def test_a_preempted_pod_is_replaced_set_up_and_goes_on(
+    pod: Place, grace: float, request_state: str
+) -> None:
     """With time to save, and without."""
     with pod.cloud.state() as state:
         state["seconds_of_grace"] = grace
     process = pod.run_and_wait_at(2)
     before = len(pod.cloud.calls())
-    pod.cloud.preempt("pod")
+    pod.cloud.preempt("pod", request_state)
     pod.control()
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

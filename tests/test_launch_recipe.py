@@ -84,7 +84,7 @@ def test_a_recipe_whose_pod_is_preempted_twice_ends_as_an_undisturbed_one(tmp_pa
             )
             with rough.cloud.state() as state:
                 state["seconds_of_grace"] = grace
-            rough.cloud.preempt("pod")
+            rough.cloud.preempt("pod", "SUSPENDED" if grace else "ACTIVE")
             wait_for(lambda: process.poll() is not None or is_ready(rough), "the next pod", 300)
         output, errors = process.communicate(timeout=1200)
         assert process.returncode == 0, errors + output

@@ -158,7 +158,7 @@ class Cloud:
 
     # ---------------------------------------------------------------- back doors
 
-    def preempt(self, name: str) -> None:
+    def preempt(self, name: str, request_state: str = "SUSPENDED") -> None:
         """As a spot pod goes: every worker's processes get SIGTERM, then SIGKILL."""
         with self.state() as state:
             request = state["requests"][name]
@@ -167,7 +167,7 @@ class Cloud:
             self.kill(node, signal.SIGTERM)
         time.sleep(grace)
         with self.state() as state:
-            state["requests"][name]["state"] = {"state": "SUSPENDED"}
+            state["requests"][name]["state"] = {"state": request_state}
             for node in request["nodes"]:
                 state["nodes"][node]["state"] = "PREEMPTED"
         for node in request["nodes"]:
