@@ -100,16 +100,19 @@ interrupted() {
 }
 
 main() {
-  local code=0 rounds
+  local code=0 rounds path=$checkout${PYTHONPATH:+:$PYTHONPATH}
   parse_options "$@"
   if [[ -s $pod/options && ${#creation[@]} == 0 ]]; then
     load_pod
     creation=(--again)
   fi
+  [[ $type =~ -[0-9]+$ ]] || fail "no --type: an accelerator type such as v5litepod-16 (see --help)"
   check_workdir
   open true
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
+  run env PYTHONPATH="$path" "$(own_python)" "$here/check_config.py" "$config" \
+    "$((slices * $(devices_of "$type")))" "${rest[@]}" || exit 1
   run "$here/tpu_create.sh" "$name" "${creation[@]}" ${dry:+--dry-run}
   if [[ -z $dry || -s $pod/options ]]; then
     run "$here/tpu_setup.sh" "$name" ${dry:+--dry-run}
@@ -118,7 +121,7 @@ main() {
     "--config.executor.train=$(quoted "$here/tpu_run.sh" "$name" --)")
   [[ -z $gpu ]] || rounds+=(--config.generate.engine=vllm
     "--config.executor.generate=$(quoted "$here/gpu_generate.sh") $gpu --")
-  run env PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" "${rounds[@]}" "${rest[@]}" || code=$?
+  run env PYTHONPATH="$path" "${rounds[@]}" "${rest[@]}" || code=$?
   case $code in
     0) ;;
     75 | 76 | 255)

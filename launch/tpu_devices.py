@@ -1,4 +1,4 @@
-"""On every worker of a pod at once: are all devices there? The last word is how many there must be."""
+"""On every worker of a pod at once: are all devices there? The last word says how many."""
 
 import os
 import sys

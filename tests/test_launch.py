@@ -643,6 +643,21 @@ def test_recipe_refuses_what_cannot_work(bare: Place) -> None:
         assert message in error_of(bare, "recipe.sh", *words)
 
 
+def test_recipe_refuses_a_config_that_does_not_fit_the_pod(bare: Place) -> None:
+    bare.mount.symlink_to(bare.bucket)
+    new = ("--type", "v4-16", "--bucket", "gs://bucket", "--mount", str(bare.mount))
+    run = ("--config", str(REPO / "configs" / "tiny.py"), "--workdir", str(bare.mount / "run"))
+    for words, message in (
+        (("--config.sft.batch_size=12",), "a micro-batch of 12 (batch_size 12 / accumulation 1)"),
+        (("--config.mesh.data=16",), "8 devices do not divide by 16"),
+        (("--config.mesh.model=4", "--config.sft.batch_size=8"), "num_attention_heads = 2 is not"),
+        (("--config.sft.batchsize=8",), "batchsize"),
+        (("--config.start.hf_folder=none",), "there is no none/config.json"),
+    ):
+        assert message in error_of(bare, "recipe.sh", "pod", *new, *run, *words)
+    assert not bare.cloud.calls()
+
+
 def test_the_stand_in_prints_values_as_gcloud_does(bare: Place) -> None:
     bare.create()
     describe = [str(REPO / "tests/fake_gcloud/bin/gcloud"), "compute", "tpus", "tpu-vm", "describe"]
