@@ -30,7 +30,7 @@ class Chip:
 
 # Published is the bandwidth of all links of a chip in both directions: per link and direction that
 # is 1 / (2 * links) of it. v4's page has none: its all-reduce bandwidth of a pod, 1.1 PB/s, by 4096
-# chips and 6 links gives 45 GB/s, as in https://jax-ml.github.io/scaling-book/tpus/, which also says
+# chips and 6 links gives 45 GB/s, as in https://jax-ml.github.io/scaling-book/tpus/, which says too
 # where a dimension closes to a ring.
 CHIPS = {
     "v4": Chip(

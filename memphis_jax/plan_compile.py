@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,20 +201,28 @@ def _trainable(model: Any, settings: Any) -> Any:
 
 
 def _ask_compiler(lowered: Any) -> tuple[dict[str, Any], str]:
-    """({peak, sizes}, the optimized program); {peak} and "" for a program that does not fit."""
+    """({peak, sizes}, the optimized program); {peak} and "" for a program that does not fit.
+
+    The program is taken from the compiler's dump: jaxlib's `as_text` refuses what newer compilers
+    write for v5p (asynchronous work of the SparseCore).
+    """
     from jax.errors import JaxRuntimeError
 
-    try:
-        compiled = lowered.compile()
-    except JaxRuntimeError as error:
-        needed, _ = _out_of_memory(error)
-        return {"peak": needed}, ""
+    with tempfile.TemporaryDirectory(prefix="memphis-plan-") as dump:
+        try:
+            compiled = lowered.compile(
+                compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            )
+        except JaxRuntimeError as error:
+            needed, _ = _out_of_memory(error)
+            return {"peak": needed}, ""
+        (text,) = (path.read_text() for path in Path(dump).glob("*.after_optimizations.txt"))
     memory = compiled.memory_analysis()
     names = ("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size")
     sizes = {name: getattr(memory, f"{name}_in_bytes") for name in names}
     sizes["peak_memory"] = memory.peak_memory_in_bytes
     allocated = sum(sizes[name] for name in names) - 2 * sizes["alias_size"]
-    return {"peak": max(allocated, sizes["peak_memory"]), "sizes": sizes}, compiled.as_text()
+    return {"peak": max(allocated, sizes["peak_memory"]), "sizes": sizes}, text
 
 
 def _out_of_memory(error: Exception) -> tuple[float, float]:

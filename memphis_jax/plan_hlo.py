@@ -207,7 +207,7 @@ def _group_size(attributes: str) -> int:
 
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
-FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"}
+FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "async-update"}
 SLICES = ("dynamic-slice", "slice", "gather")
 
 

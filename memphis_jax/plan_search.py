@@ -26,7 +26,7 @@ WORKING = 23.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a phase: `rows` of seq_len tokens on a device at once, `accumulation` times."""
+    """One way to run a phase: `rows` of seq_len tokens at once on a device, accumulated."""
 
     mesh: tuple[int, int, int]  # data, fsdp, model
     rows: int  # of a micro-batch on each device that has rows of its own
@@ -90,7 +90,7 @@ class Job:
         rows, groups = candidate.rows * candidate.shards, candidate.groups * candidate.shards
         return config, Request(self.phase, self.where.name, self.num_slices, rows, groups)
 
-    def bounds(self, candidate: Candidate, found: Compiled) -> Bounds:
+    def bounds(self, found: Compiled) -> Bounds:
         """Of an optimizer step that was compiled."""
         return bounds(found.flops, found.moved, found.wire, self.where, self.num_slices)
 
@@ -131,7 +131,7 @@ def predicted_memory(job: Job, candidate: Candidate) -> float:
         "full": dim,
         "attention": 2 * dim + 2 * model.num_attention_heads,
         "dots": dim + products,
-        "none": 6 * dim + products + 2 * inner,
+        "none": 26 * dim + products,  # fitted: norms and rotary keep float32
     }[candidate.remat]
     tokens = candidate.rows * length / parts
     # Two layers' weights, gathered, in the compute dtype, and their gradients.
@@ -228,8 +228,8 @@ class Search:
             if best in self.found:
                 break
             self.found[best] = self._compile(self.job, best)
-        kept = [one for one in self._all if one in self.found and self.found[one].fits]
-        return kept[0] if kept else None
+        kept = [one for one, said in self.found.items() if said.fits]
+        return min(kept, key=lambda one: self.job.bounds(self.found[one]).exposed, default=None)
 
     def _room(self, candidate: Candidate, limit: float) -> float:
         return limit if candidate in self.found else MARGIN * limit

@@ -87,7 +87,7 @@ def _memory_row(job: Job, candidate: Candidate, found: Compiled) -> list[str]:
 
 
 def _speed_row(job: Job, candidate: Candidate, found: Compiled) -> list[str]:
-    bound, needed = job.bounds(candidate, found), job.model_flops(candidate)
+    bound, needed = job.bounds(found), job.model_flops(candidate)
     peak = job.where.num_chips * job.num_slices * job.where.chip.flops
     tokens = job.tokens(candidate)
     count = sum(one["count"] for one in found.collectives.values())
@@ -111,7 +111,7 @@ def _other_row(search: Search, candidate: Candidate) -> list[str]:
 
     job, said = search.job, search.found.get(candidate)
     about = "" if said else "~"
-    seconds = job.bounds(candidate, said).exposed if said else predicted_seconds(job, candidate)
+    seconds = job.bounds(said).exposed if said else predicted_seconds(job, candidate)
     return [
         job.where.name,
         job.phase,
@@ -143,8 +143,8 @@ def _times(
         job = phases["sft"][0]
         chips = job.where.num_chips * job.num_slices
         least = {
-            phase: steps[phase] * job.bounds(chosen, found).seconds / 3600
-            for phase, (job, chosen, found) in phases.items()
+            phase: steps[phase] * job.bounds(found).seconds / 3600
+            for phase, (job, _, found) in phases.items()
         }
         real = sum(
             steps[phase] * job.model_flops(chosen) / (mfu * chips * job.where.chip.flops) / 3600
