@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from memphis_jax.attention import pick_attention, splash_attention
 from memphis_jax.config import ConfigError
 from memphis_jax.model import causal_attention
+from memphis_jax.plan_chips import parse_slice, slice_devices
 from tests.helpers import assert_close
 
 LENGTH = 256
@@ -115,3 +117,37 @@ def test_a_kernel_that_cannot_raises(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         pick_attention(name, platform, cpu_mesh(model=2), **SHAPE | change)
+
+
+@pytest.mark.parametrize(
+    ("policy", "forward_kernels"), [(None, 2), ("attention", 1)], ids=["full", "attention"]
+)
+def test_splash_compiles_for_a_v5e(policy: str | None, forward_kernels: int) -> None:
+    """head_dim 80 unpadded, 4096 positions, under remat, by the TPU's compiler: its VMEM suffices.
+
+    Where a policy keeps what bears the name "attention", the forward kernel runs once.
+    """
+    mesh = mesh_of(slice_devices(parse_slice("v5e:2x2")), 1, 2, 2)
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 80, "seq_len": 4096}
+    attention = pick_attention("auto", "tpu", mesh, **shape)
+    assert attention is not causal_attention
+    names = jax.checkpoint_policies.save_only_these_names("attention")
+    kept = jax.checkpoint(attention, policy=names if policy else None)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        # The output is needed backward too, as o_proj needs it.
+        return jnp.square(kept(2 * q, k, v, ids).astype(jnp.float32)).sum()
+
+    def array(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+        spec = P("fsdp", None, "model") if len(dims) == 4 else P("fsdp")
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+    q, k = (array(jnp.bfloat16, 2, 4096, heads, 80) for heads in (4, 2))
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    with jax.default_matmul_precision("default"):  # what training has; conftest sets the highest
+        traced = step.trace(q, k, k, array(jnp.int32, 2, 4096))
+        program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    kernels = [line for line in program.splitlines() if '"tpu_custom_call"' in line]
+    forward = [one for one in kernels if "splash_mha_fwd" in one]
+    assert len(forward) == forward_kernels
+    assert len(kernels) == forward_kernels + 2  # dq; dk and dv
