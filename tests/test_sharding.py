@@ -75,14 +75,22 @@ def test_processes_change_no_gradient(processes: int, tmp_path: Path) -> None:
             env=os.environ
             | {
                 "JAX_NUM_CPU_DEVICES": str(8 // processes),
+                # Half the time to compile; the code of XLA's own passes stays the same.
+                "XLA_FLAGS": "--xla_backend_optimization_level=0",
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(process),
             },
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for process in range(processes)
     ]
-    assert [process.wait(600) for process in running] == [0] * processes
+    for process in running:
+        _, said = process.communicate(timeout=900)
+        assert process.returncode == 0, said
+        # What XLA warns of where an activation is gathered whole to change its layout.
+        assert "nvoluntary full rematerialization" not in said
     found = np.load(tmp_path / "found.npz")
     for shape, phase in itertools.product(SHAPES, PHASES):
         start = f"{phase}|{shape}|"
