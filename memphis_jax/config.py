@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 import typing
 from collections.abc import Mapping, Sequence
@@ -166,9 +167,15 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """Where the weights come from: an HF folder, or (empty) random weights of the shape `model`."""
+    """Where the weights come from: an HF folder, or (empty) random weights of the shape `model`.
+
+    `memphis scribe` needs trained ones. Without a folder it makes them by `memphis rounds` with
+    another config, set as on the command line: ("--config.rounds.num_rounds=2",).
+    """
 
     hf_folder: str = ""
+    rounds_config: str = ""
+    rounds_overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -345,6 +352,43 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """How two models become one: `memphis merge`, and `memphis scribe` with the start."""
+
+    method: str = "slerp"  # or "linear"
+    t: float = 0.5  # 0 = the first (the start), 1 = the second (finetuned)
+    t_for: tuple[str, ...] = ()  # "REGEX=T": t of tensors whose name holds REGEX; the first counts
+    threshold: float = 0.9995  # SLERP is linear where |cos| of the angle is above it; mergekit's
+    sweep: tuple[float, ...] = ()  # scribe: t to score on held-out questions; () = none
+    eval_tasks: str = ""  # scribe: for `memphis eval --tasks` too; "" = none
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, ("slerp", "linear"))
+        _share(self, "t")
+        _require(
+            0 < self.threshold <= 1, f"threshold = {self.threshold} must be in (0, 1]: it is |cos|"
+        )
+        for t in self.sweep:
+            _require(0 <= t <= 1, f"sweep: t = {t} must be between 0 and 1")
+        self.patterns()
+
+    def patterns(self) -> list[tuple[re.Pattern[str], float]]:
+        """`t_for`, read."""
+        found = []
+        for text in self.t_for:
+            regex, _, number = text.rpartition("=")
+            try:
+                pattern, t = re.compile(regex), float(number)
+            except (re.error, ValueError) as error:
+                raise ConfigError(
+                    f"t_for: {text!r} is not REGEX=T, as mlp=0.3 is: {error}"
+                ) from None
+            _require(bool(regex) and 0 <= t <= 1, f"t_for: {text!r} is not REGEX=T with T in 0..1")
+            found.append((pattern, t))
+        return found
+
+
+@dataclass(frozen=True)
 class RoundsConfig:
     num_rounds: int = 4
     max_pairs_per_question: int = 0  # 0 = no limit
@@ -373,6 +417,7 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     seed: int = 0
 

@@ -19,6 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "memphis_jax.adalite": set(),
     "memphis_jax.data.prompts": set(),
     "memphis_jax.rounds.grade": set(),
+    "memphis_jax.interpolate": set(),
+    "memphis_jax.tensors": set(),
     "memphis_jax.rounds.pairs": set(),
     "memphis_jax.model": {CONFIG},
     "memphis_jax.optimizer": {CONFIG, "memphis_jax.adalite"},
@@ -29,6 +31,9 @@ CONVERT_MAY_IMPORT = {CONFIG, "memphis_jax.model", "memphis_jax.checkpoint"}
 # These run on machines without JAX: a GPU host that generates, a laptop that grades.
 JAX_FREE = {
     "memphis_jax.data.prompts",
+    "memphis_jax.interpolate",
+    "memphis_jax.merge",
+    "memphis_jax.merge_report",
     "memphis_jax.rounds.answers",
     "memphis_jax.rounds.audit",
     "memphis_jax.rounds.blocks",
