@@ -15,7 +15,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "grade": ("rounds.commands", "grade", "check answers against the ground truth"),
     "pairs": ("rounds.commands", "pairs", "correct-incorrect pairs of graded answers"),
     "merge": ("merge", "merge", "two HF folders of one model into one, by SLERP or linearly"),
-    "scribe": ("rounds.scribe", "run", "finetune a CoT model on more data, merge it with its start"),
+    "scribe": ("rounds.scribe", "run", "finetune a CoT model further, merge it with its start"),
     "publish": ("publish", "publish", "model card, chat template and evals of a model; upload"),
     "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
     "report": ("report", "main", "one HTML page about a run"),

@@ -38,10 +38,10 @@ def model_config(folder: Path) -> configs.ModelConfig:
 
 def mismatches(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
     """Everything in which two folders are not of one model, a line each."""
-    fields = [dataclasses.asdict(model_config(folder)) for folder in (a, b)]
-    for values in fields:
+    ours, theirs = (dataclasses.asdict(model_config(folder)) for folder in (a, b))
+    for values in (ours, theirs):
         del values["initializer_range"]  # of no effect on a trained model
-    lines = [f"config {line}" for line in configs.difference(*fields)]
+    lines = [f"config {line}" for line in configs.difference(ours, theirs)]
     lines += _tokenizer_mismatches(a, b)
     lines += [f"{name} is only in {a}" for name in left if name not in right]
     lines += [f"{name} is only in {b}" for name in right if name not in left]

@@ -16,11 +16,12 @@ from memphis_jax.rounds.files import write_json
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import Recipe
 
-# What may change in a run that goes on: where stages run and when a gate closes, not what is made.
+# What may change in a run that goes on: where stages run, when a gate closes, and the merge, which
+# is the end of a recipe: its stages run again by themselves where it changes.
 PLACES = (
     "executor.",
     *("generate.python:", "generate.data_parallel:", "generate.tensor_parallel_size:"),
-    "generate.parity_bound:",
+    *("generate.parity_bound:", "merge."),
 )
 
 
@@ -34,16 +35,16 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
-    _check(config)
+    check(config)
     workdir: Path = args.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
-        _claim(workdir, config)
+        claim(workdir, config)
         results = Recipe(workdir, config).run()
     print_results(results, workdir)
 
 
-def _check(config: configs.RunConfig) -> None:
+def check(config: configs.RunConfig) -> None:
     """What is said at once, not after hours of SFT."""
     for name in ("num_validation", "num_test"):
         if config.data.source == "mixture" and getattr(config.data, name) == 0:
@@ -56,7 +57,7 @@ def _check(config: configs.RunConfig) -> None:
         )
 
 
-def _claim(workdir: Path, config: configs.RunConfig) -> None:
+def claim(workdir: Path, config: configs.RunConfig) -> None:
     """Saves the config in a new workdir; refuses one that was started with another config."""
     path = workdir / "config.json"
     fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as it was saved: no tuples
