@@ -32,7 +32,6 @@ class Sums(NamedTuple):
     aa: float
     bb: float
     ab: float
-    dd: float  # of (b - a)^2
 
     def plus(self, other: "Sums") -> "Sums":
         return Sums(*(x + y for x, y in zip(self, other, strict=True)))
@@ -47,14 +46,14 @@ class Weights(NamedTuple):
     why: str  # of a branch that is not what was asked for; else ""
 
 
-NO_SUMS = Sums(0.0, 0.0, 0.0, 0.0)
+NO_SUMS = Sums(0.0, 0.0, 0.0)
 
 
 def sums(a: np.ndarray, b: np.ndarray) -> Sums:
     """`Sums` of two float64 arrays of one shape."""
     a, b = a.ravel(), b.ravel()
-    difference = b - a
-    return Sums(*(float(np.dot(x, y)) for x, y in ((a, a), (b, b), (a, b), (difference,) * 2)))
+    # Not np.dot: several threads ask for this, and the threads of BLAS would fight with them.
+    return Sums(*(float(np.einsum("i,i->", x, y)) for x, y in ((a, a), (b, b), (a, b))))
 
 
 def cosine(total: Sums) -> float:
@@ -62,6 +61,11 @@ def cosine(total: Sums) -> float:
     norm_a, norm_b = math.sqrt(total.aa), math.sqrt(total.bb)
     norms = [norm if norm > SMALLEST_NORM else 1.0 for norm in (norm_a, norm_b)]
     return min(1.0, max(-1.0, total.ab / norms[0] / norms[1]))
+
+
+def distance(total: Sums) -> float:
+    """|b - a|; exactly 0 for equal tensors."""
+    return math.sqrt(max(0.0, total.aa + total.bb - 2.0 * total.ab))
 
 
 def weights(method: Method, t: float, total: Sums, threshold: float = THRESHOLD) -> Weights:
