@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "scribe": ("rounds.scribe", "run", "finetune a CoT model further, merge it with its start"),
     "publish": ("publish", "publish", "model card, chat template and evals of a model; upload"),
     "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
+    "eval": ("evaluate", "evaluate", "benchmarks of an HF folder by lm-evaluation-harness"),
     "report": ("report", "main", "one HTML page about a run"),
 }
 

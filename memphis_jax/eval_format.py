@@ -80,7 +80,7 @@ def _add_group(name: str, ending: str, stock: Stock, asked: Asked) -> Any:
     """The group with its members, themselves groups or tasks; a task's name gives the task."""
     from lm_eval.api.group import Group
 
-    entry = stock.index[name]
+    entry = stock.entries[name]
     if entry.kind.name != "GROUP":
         return asked.tasks.get(name + ending)  # None: a tag, which is no group
     config = {key: value for key, value in entry.cfg.items() if key != "include"}

