@@ -363,6 +363,7 @@ class MergeConfig:
     threshold: float = 0.9995  # SLERP is linear where |cos| of the angle is above it; mergekit's
     sweep: tuple[float, ...] = ()  # scribe: t to score on held-out questions; () = none
     eval_tasks: str = ""  # scribe: for `memphis eval --tasks` too; "" = none
+    eval_options: tuple[str, ...] = ()  # further words for it: ("--limit=100",)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, ("slerp", "linear"))

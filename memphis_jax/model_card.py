@@ -131,17 +131,17 @@ def evals(workdir: Path, stage: str) -> list[Row]:
     for folder, model in MODELS.items():
         for task, splits in results.get("models", {}).get(model, {}).items():
             this = {"model": model, "task": task, "this": folder == stage}
-            if task == "eval":
-                rows += [{**this, **row} for row in harness_rows(splits)]
-                continue
-            for split, cell in splits.items():
+            for split, cell in splits.items() if task != "eval" else ():
                 value, error, count = (
                     cell[name] for name in ("accuracy", "standard_error", "questions")
                 )
                 numbers = {"value": value, "error": error, "count": count}
                 rows.append({**this, "split": split, "metric": "greedy", **numbers})
-    if rows:
-        return rows
+    this_model = MODELS.get(stage, stage) if rows else stage
+    for path in sorted((workdir / "eval").glob("*-lm/results.json")):
+        model = path.parent.name.removesuffix("-lm")
+        about = {"model": model, "this": model == this_model}
+        rows += [{**about, **row} for row in harness_rows(read_json(path)["tasks"])]
     for path in sorted((workdir / "eval").glob("*.json")):
         found = read_json(path)
         for split in ("validation", "test"):
@@ -164,9 +164,19 @@ def evals(workdir: Path, stage: str) -> list[Row]:
     return rows
 
 
-def harness_rows(found: Row) -> list[Row]:
-    """Rows {task, split, metric, value, error, count} of what `memphis eval` wrote."""
-    return []
+def harness_rows(tasks: Mapping[str, Row]) -> list[Row]:
+    """Rows {task, split, metric, value, error, count} of what `memphis eval` measured.
+
+    value and error are shares of 1; an error that lm-eval does not know is None.
+    """
+    rows = []
+    for name, task in tasks.items():
+        shots = f", {task['num_fewshot']}-shot" if task["num_fewshot"] else ""
+        for key, score in task["metrics"].items():
+            row = {"task": name, "split": "test", "count": task["questions"]}
+            numbers = {"value": score["value"], "error": score["stderr"]}
+            rows.append({**row, "metric": key.removesuffix(",none") + shots, **numbers})
+    return rows
 
 
 def model_index(scores: list[Row]) -> list[EvalResult]:
@@ -179,13 +189,18 @@ def model_index(scores: list[Row]) -> list[EvalResult]:
             dataset_name=row["task"],
             dataset_split=row["split"],
             metric_type="accuracy",
-            metric_name=f"accuracy, {row['metric']} ({row['count']} questions, standard error "
-            f"{100 * row['error']:.1f})",
+            metric_name=", ".join(filter(None, (row["metric"], _precision(row)))),
             metric_value=round(100 * row["value"], 2),
         )
         for row in scores
         if row["this"] and row["split"] == "test"
     ]
+
+
+def _precision(row: Row) -> str:
+    asked = f"{row['count']} questions" if row["count"] else ""
+    error = "" if row["error"] is None else f"standard error {100 * row['error']:.1f}"
+    return ", ".join(filter(None, (asked, error)))
 
 
 def hashes(hf: Path, workdir: Path, records: list[Row]) -> dict[str, str]:

@@ -34,6 +34,8 @@ JAX_FREE = {
     "memphis_jax.interpolate",
     "memphis_jax.merge",
     "memphis_jax.merge_report",
+    "memphis_jax.model_card",
+    "memphis_jax.publish",
     "memphis_jax.rounds.answers",
     "memphis_jax.rounds.audit",
     "memphis_jax.rounds.blocks",
@@ -45,7 +47,9 @@ JAX_FREE = {
     "memphis_jax.rounds.ledger",
     "memphis_jax.rounds.pairs",
     "memphis_jax.rounds.quantities",
+    "memphis_jax.rounds.scribe",
     "memphis_jax.rounds.shards",
+    "memphis_jax.rounds.sweep",
     "memphis_jax.rounds.symbolic",
 }
 # These have their rows already and come with later issues.

@@ -60,9 +60,12 @@ def check(config: configs.RunConfig) -> None:
 def claim(workdir: Path, config: configs.RunConfig) -> None:
     """Saves the config in a new workdir; refuses one that was started with another config."""
     path = workdir / "config.json"
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as it was saved: no tuples
-    saved = json.loads(path.read_text()) if path.is_file() else fields
-    if lines := [line for line in configs.difference(saved, fields) if not line.startswith(PLACES)]:
+    saved = (
+        configs.build(configs.RunConfig, json.loads(path.read_text())) if path.is_file() else config
+    )
+    # As JSON has them: no tuples. A field newer than the saved file has its default there.
+    old, fields = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (saved, config))
+    if lines := [line for line in configs.difference(old, fields) if not line.startswith(PLACES)]:
         raise configs.ConfigError(
             f"{workdir} was started with another config: use another --workdir, or delete it. "
             "Differing (saved -> given): " + "; ".join(lines)

@@ -68,7 +68,7 @@ def score(recipe: Recipe, name: str, checkpoint: Path, tasks: Tasks) -> Row:
         _, rows = read_completions(graded)
         correct = {row["id"] for row in rows if row["verdict"] == "correct"}
         scores = {
-            task: {split: _accuracy(path, correct) for split, path in splits.items()}
+            task: {split: accuracy(path, correct) for split, path in splits.items()}
             for task, splits in tasks.items()
         }
     if recipe.config.merge.eval_tasks:
@@ -76,8 +76,8 @@ def score(recipe: Recipe, name: str, checkpoint: Path, tasks: Tasks) -> Row:
     return scores
 
 
-def _accuracy(questions: Path, correct: set[str]) -> Row:
-    """Of all questions: one that was too long to be asked counts as wrong."""
+def accuracy(questions: Path, correct: set[str]) -> Row:
+    """{accuracy, questions, standard_error}: of all questions, asked or not, those in `correct`."""
     ids = [row["id"] for row in read_jsonl(questions)]
     if not ids:
         raise ValueError(f"{questions}: no question to measure an accuracy on")
@@ -87,12 +87,18 @@ def _accuracy(questions: Path, correct: set[str]) -> Row:
 
 
 def _harness(recipe: Recipe, name: str, checkpoint: Path) -> Row:
-    folder, out = recipe.exported[checkpoint], recipe.workdir / "eval" / f"{name}.lm.json"
-    config = recipe.config
+    """{task: {metrics, ...}} of `memphis eval`, which resumes by itself too."""
+    config, folder = recipe.config, recipe.exported[checkpoint]
+    out = recipe.workdir / "eval" / f"{name}-lm"
     options = ("--tasks", config.merge.eval_tasks, "--engine", config.generate.engine)
-    command = (*MEMPHIS, "eval", folder, *options, "--out", out)
-    recipe.stage(f"{name}-eval", command, [folder], [out], prefix=config.executor.train)
-    return json.loads(out.read_text("utf-8"))
+    recipe.stage(
+        f"{name}-eval",
+        (*MEMPHIS, "eval", folder, *options, "--out", out, *config.merge.eval_options),
+        inputs=[folder],
+        outputs=[out / "results.json"],
+        suffix=("--python", config.generate.python),
+    )
+    return json.loads((out / "results.json").read_text("utf-8"))["tasks"]
 
 
 def sweep(
