@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     }
     config.data = {
         "source": "procedural",
-        "task": "most",  # who has the most; the start was made on sums
+        "task": "more",  # who has more, and by how many; the start was made on sums
         "num_train": 3000,  # rows
         "num_validation": 200,
         "num_test": 200,

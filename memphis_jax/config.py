@@ -237,7 +237,7 @@ class MixtureEntry:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "procedural"  # (embedded default), "jsonl" (TinyCoT-shaped files) or "mixture"
-    task: str = "sums"  # procedural: "sums" or "most", a second skill
+    task: str = "sums"  # procedural: "sums" or "more", a second skill
     num_train: int = 0  # procedural: rows to make
     num_validation: int = 0  # mixture: CoT questions held out of training
     num_test: int = 0
@@ -254,7 +254,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("source", self.source, ("procedural", "jsonl", "mixture"))
         _one_of("contamination", self.contamination, ("drop", "keep"))
-        _one_of("task", self.task, ("sums", "most"))
+        _one_of("task", self.task, ("sums", "more"))
         if self.source == "procedural":
             _positive(self, "num_train", "num_validation", "num_test", "vocab_size")
         elif self.source == "mixture":

@@ -3,8 +3,7 @@
 Each problem of the task "sums" is a sum of four or five steps told as a story. Its rationale is
 either terse or step by step, and nothing in the prompt says which: a model that imitates both can
 only get better by preferring the more reliable one, which is what the ranking rounds are for. The
-task "most" asks which of several people has the most of a thing: a second skill, to be learnt on
-top of the first one.
+task "more" compares what two people have: a second skill, to be learnt on top of the first one.
 
 Also trains the small tokenizer that goes with the data. Imports the standard library and, for the
 tokenizer, `tokenizers`; nothing of ours and no jax.
@@ -56,7 +55,7 @@ def generate(
     """Rows {id, prompt, rationale, target, source} of the three splits, of one of `TASKS`.
 
     A pure function of the arguments. No arithmetic (the numbers of every step) occurs twice, inside
-    a split or across, so no prompt does; of "most", no list of people and numbers. Raises
+    a split or across, so no prompt does; of "more", no two people with their numbers. Raises
     ValueError for a negative count or for more than `MOST_ROWS` rows.
     """
     counts = {"train": num_train, "validation": num_validation, "test": num_test}
@@ -93,28 +92,24 @@ def sum_row(rng: random.Random, seen: set[str]) -> dict[str, str] | None:
     return {"prompt": prompt, "rationale": style(problem), "target": str(results(problem)[-1])}
 
 
-def most_row(rng: random.Random, seen: set[str]) -> dict[str, str] | None:
-    """Three or four people with different numbers of a thing: "Tom 4, Eva 9. 9 is the most."."""
-    count = rng.randint(3, 4)
-    names = rng.sample(SHE + HE, count)
-    numbers = rng.sample(range(1, LARGEST_RESULT + 1), count)
-    listed = ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-    if listed in seen:
+def more_row(rng: random.Random, seen: set[str]) -> dict[str, str] | None:
+    """Two people, one of whom has more of a thing, and by how many: "9 - 4 = 5."."""
+    less, more = sorted(rng.sample(range(1, LARGEST_RESULT + 1), 2))
+    rich, poor = rng.sample(SHE + HE, 2)
+    told = [f"{rich} has {more}", f"{poor} has {less}"]
+    rng.shuffle(told)
+    if str(told) in seen:
         return None
-    seen.add(listed)
-    thing, most = rng.choice(THINGS), max(numbers)
-    told = [
-        f"{name} has {number} {thing if number == 1 else thing + 's'}."
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    return {
-        "prompt": " ".join([*told, f"Who has the most {thing}s?"]),
-        "rationale": f"{listed}. {most} is the most.",
-        "target": names[numbers.index(most)],
-    }
+    seen.add(str(told))
+    thing = rng.choice(THINGS)
+    sentences = [f"{text} {thing if text.endswith(' 1') else thing + 's'}." for text in told]
+    question = f"How many more {thing}s does {rich} have than {poor}?"
+    rationale = f"{more} - {less} = {more - less}."
+    prompt = " ".join([*sentences, question])
+    return {"prompt": prompt, "rationale": rationale, "target": str(more - less)}
 
 
-TASKS = {"sums": sum_row, "most": most_row}
+TASKS = {"sums": sum_row, "more": more_row}
 
 
 def draw_sum(rng: random.Random) -> Sum:
