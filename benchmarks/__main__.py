@@ -7,6 +7,7 @@ BENCHMARKS = {
     "data": "building and loading tokens, packing, the contamination guard",
     "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
     "stages": "seconds of each kind of stage of finished recipes, side by side",
+    "merge": "merging two models, beside mergekit on the same files",
     "grading": "gold answers against themselves and each other; time per 100,000 gradings",
 }
 

@@ -15,8 +15,12 @@ COMMANDS = {  # name: (module, function, what it does)
     "parity": ("rounds.parity", "parity", "does the trainer agree with the sampler's logprobs?"),
     "grade": ("rounds.commands", "grade", "check answers against the ground truth"),
     "pairs": ("rounds.commands", "pairs", "correct-incorrect pairs of graded answers"),
+    "merge": ("merge", "merge", "two HF folders of one model into one, by SLERP or linearly"),
+    "scribe": ("rounds.scribe", "run", "finetune a CoT model further, merge it with its start"),
+    "publish": ("publish", "publish", "model card, chat template and evals of a model; upload"),
     "accuracy": ("rounds.commands", "accuracy", "accuracies of graded held-out answers"),
     "plan": ("plan", "plan", "does a config fit a TPU slice, how fast, how long? needs no TPU"),
+    "eval": ("evaluate", "evaluate", "benchmarks of an HF folder by lm-evaluation-harness"),
     "report": ("report", "main", "one HTML page about a run"),
 }
 ON_ALL_HOSTS = ("train", "parity")  # what several hosts compute together

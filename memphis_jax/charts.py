@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -258,3 +259,46 @@ def length_charts(rounds: Sequence[Row]) -> list[Chart]:
         means = {name: [row[name] for row in rounds] for name in ("chosen", "rejected")}
         made.append((title, _lines(title, "characters", [row["label"] for row in rounds], means)))
     return made
+
+
+Tradeoff = Mapping[str, Sequence[tuple[float, float, float]]]  # task -> (t, percent, error)
+
+
+def _draw_tradeoff(axes: Axes, tasks: Tradeoff) -> None:
+    colours = [COLOURS[name] for name in ("blue", "orange", "green", "yellow")]
+    for number, (task, points) in enumerate(tasks.items()):
+        t, percent, error = np.array(points).T
+        colour, marker = colours[number % 4], "osD^"[number % 4]
+        axes.errorbar(
+            t,
+            percent,
+            error,
+            label=task,
+            color=colour,
+            marker=marker,
+            markersize=3.5,
+            elinewidth=0.8,
+        )
+    axes.set_xlabel("t: 0 = the start, 1 = the finetuned model")
+    axes.set_ylabel("correct, %")
+    axes.set_ylim(-2, 102)
+    axes.legend(loc="best")
+
+
+def tradeoff_charts(tasks: Tradeoff) -> list[Chart]:
+    """What each skill keeps at every t of a merge, with standard errors."""
+    if not tasks:
+        return []
+    title = "Accuracy on held-out questions by t"
+    return [(title, _svg(title, lambda axes: _draw_tradeoff(axes, tasks), 4.4, 2.5))]
+
+
+def save_tradeoff(tasks: Tradeoff, path: Path) -> list[Path]:
+    """The same chart as files: PATH.png and PATH.svg, in colours of their own."""
+    paths = [path.with_name(f"{path.name}.{form}") for form in ("png", "svg")]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": path.name}):
+        figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+        _draw_tradeoff(figure.subplots(), tasks)
+        figure.savefig(paths[0], dpi=200)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths

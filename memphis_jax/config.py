@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 import typing
 from collections.abc import Mapping, Sequence
@@ -166,9 +167,15 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """Where the weights come from: an HF folder, or (empty) random weights of the shape `model`."""
+    """Where the weights come from: an HF folder, or (empty) random weights of the shape `model`.
+
+    `memphis scribe` needs trained ones. Without a folder it makes them by `memphis rounds` with
+    another config, set as on the command line: ("--config.rounds.num_rounds=2",).
+    """
 
     hf_folder: str = ""
+    rounds_config: str = ""
+    rounds_overrides: tuple[str, ...] = ()
 
 
 # What of a layer's forward pass is kept for the backward pass, from most to least.
@@ -242,6 +249,7 @@ class MixtureEntry:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "procedural"  # (embedded default), "jsonl" (TinyCoT-shaped files) or "mixture"
+    task: str = "sums"  # procedural: "sums" or "more", a second skill
     num_train: int = 0  # procedural: rows to make
     num_validation: int = 0  # mixture: CoT questions held out of training
     num_test: int = 0
@@ -258,6 +266,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("source", self.source, ("procedural", "jsonl", "mixture"))
         _one_of("contamination", self.contamination, ("drop", "keep"))
+        _one_of("task", self.task, ("sums", "more"))
         if self.source == "procedural":
             _positive(self, "num_train", "num_validation", "num_test", "vocab_size")
         elif self.source == "mixture":
@@ -424,6 +433,44 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """How two models become one: `memphis merge`, and `memphis scribe` with the start."""
+
+    method: str = "slerp"  # or "linear"
+    t: float = 0.5  # 0 = the first (the start), 1 = the second (finetuned)
+    t_for: tuple[str, ...] = ()  # "REGEX=T": t of tensors whose name holds REGEX; the first counts
+    threshold: float = 0.9995  # SLERP is linear where |cos| of the angle is above it; mergekit's
+    sweep: tuple[float, ...] = ()  # scribe: t to score on held-out questions; () = none
+    eval_tasks: str = ""  # scribe: for `memphis eval --tasks` too; "" = none
+    eval_options: tuple[str, ...] = ()  # further words for it: ("--limit=100",)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, ("slerp", "linear"))
+        _share(self, "t")
+        _require(
+            0 < self.threshold <= 1, f"threshold = {self.threshold} must be in (0, 1]: it is |cos|"
+        )
+        for t in self.sweep:
+            _require(0 <= t <= 1, f"sweep: t = {t} must be between 0 and 1")
+        self.patterns()
+
+    def patterns(self) -> list[tuple[re.Pattern[str], float]]:
+        """`t_for`, read."""
+        found = []
+        for text in self.t_for:
+            regex, _, number = text.rpartition("=")
+            try:
+                pattern, t = re.compile(regex), float(number)
+            except (re.error, ValueError) as error:
+                raise ConfigError(
+                    f"t_for: {text!r} is not REGEX=T, as mlp=0.3 is: {error}"
+                ) from None
+            _require(bool(regex) and 0 <= t <= 1, f"t_for: {text!r} is not REGEX=T with T in 0..1")
+            found.append((pattern, t))
+        return found
+
+
+@dataclass(frozen=True)
 class RoundsConfig:
     num_rounds: int = 4
     max_pairs_per_question: int = 0  # 0 = no limit
@@ -453,6 +500,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     seed: int = 0
 

@@ -24,6 +24,8 @@ class Progress:
         self._shown, self._said = self._rows, now
         seconds = now - self._start
         left = seconds * (self._total / max(self._rows, 1) - 1)
-        line = f"{self._label} {self._rows}/{self._total}  {self._tokens / seconds:.0f} tokens/s"
+        unit = "tokens" if self._tokens else "rows"
+        speed = f"{(self._tokens or self._rows) / seconds:.{0 if self._tokens else 1}f} {unit}/s"
+        line = f"{self._label} {self._rows}/{self._total}  {speed}"
         end = "\r" if terminal and not ended else "\n"
         print(f"{line}  {left:.0f} s left ", end=end, file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ Reads the files that the stages leave in a workdir (config.json, ledger/, eval/,
 writes report.html beside them: inline SVG, inline CSS, one small script, nothing loaded from
 anywhere. A file that is not there yet leaves a gap which the page names, so a run that goes on has
 a report too. Model output is data here: jinja escapes it, and the script only sets it as text.
-Imports `charts` of ours, and no jax.
+Imports `charts` and `report_merge` of ours, and no jax.
 
     python -m memphis_jax.report WORKDIR
 """
@@ -23,7 +23,7 @@ from typing import Any
 import jinja2
 from safetensors import safe_open
 
-from memphis_jax import charts
+from memphis_jax import charts, report_merge
 
 Row = dict[str, Any]
 
@@ -243,9 +243,11 @@ def _context(workdir: Path) -> Row:
     ]
     training = {"SFT": _read_metrics(workdir / "sft" / "metrics.jsonl")}
     training |= {row["label"]: row["metrics"] for row in rounds}
+    parts = report_merge.context(workdir)
     return {
+        **parts,
         "name": workdir.resolve().name,
-        "headline": headline(evals),
+        "headline": report_merge.headline(parts["models"]) if parts["models"] else headline(evals),
         "finished": (workdir / "results.json").is_file(),
         "facts": _what_was_run(workdir, config, ledger),
         "ledger": ledger,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memphis_jax.model import Block, StableLM, masked_attention, project
+from memphis_jax.model import QUERY_CHUNK, Block, StableLM, masked_attention, project
 
 PROMPT_MULTIPLE = 32  # prompt lengths are padded to it, so that few shapes are compiled
 BLOCK = 16  # tokens decoded between two looks of the host
@@ -103,7 +103,11 @@ def _forward(
         start = (0, 0, slots[0], 0)
         keys = jax.lax.dynamic_update_slice(layer.key, k.swapaxes(1, 2), start)
         values = jax.lax.dynamic_update_slice(layer.value, v.swapaxes(1, 2), start)
-        return masked_attention(q, keys, values, mask), LayerCache(keys, values)
+        outputs = [  # chunks of queries: the scores of a whole prompt would not fit
+            masked_attention(q[:, part], keys, values, mask[:, part])
+            for part in (slice(i, i + QUERY_CHUNK) for i in range(0, q.shape[1], QUERY_CHUNK))
+        ]
+        return jnp.concatenate(outputs, axis=1), LayerCache(keys, values)
 
     x, rotary, written = model.embed(tokens, dtype), model.rotary(positions), []
     for block, layer in zip(blocks, cache, strict=True):
@@ -191,6 +195,8 @@ def sample(
     stops: Callable[[list[int]], bool] = lambda tokens: False,
     dtype: str = "float32",
     on_progress: Callable[[int, int], None] = lambda rows, tokens: None,
+    pad: Callable[[int], int] = lambda length: -(-length // PROMPT_MULTIPLE) * PROMPT_MULTIPLE,
+    spread: Callable[[Any], Any] = lambda arrays: arrays,
 ) -> list[Completion]:
     """One completion per prompt, in the order given.
 
@@ -201,6 +207,8 @@ def sample(
       batch_size: rows decoded at once; the last batch is filled with rows that are thrown away.
       stops: told a row's tokens between blocks; True ends the row with finish_reason "stop".
       on_progress: called after each batch with (rows, tokens) finished by it.
+      pad: the length that prompts are padded to; each one is compiled.
+      spread: puts arrays of `batch_size` rows on the devices that the model is on.
 
     Raises ValueError where the longest prompt and max_new_tokens exceed max_position_embeddings.
     """
@@ -224,6 +232,8 @@ def sample(
             max_new_tokens,
             stops,
             {"temperature": temperature, "top_p": top_p, "eos_id": eos_id, "dtype": dtype},
+            pad,
+            spread,
         )
         for i, completion in zip(chosen, batch, strict=True):
             completions[i] = completion
@@ -239,8 +249,10 @@ def _sample_batch(
     max_new_tokens: int,
     stops: Callable[[list[int]], bool],
     drawing: dict[str, Any],
+    pad: Callable[[int], int],
+    spread: Callable[[Any], Any],
 ) -> list[Completion]:
-    length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    length = pad(max(map(len, prompts)))
     eos_id = drawing["eos_id"]
     tokens = np.full((batch_size, length), eos_id, np.int32)
     for row, prompt in enumerate(prompts):
@@ -253,10 +265,7 @@ def _sample_batch(
     blocks = -(-max_new_tokens // BLOCK)
     rows = _prefill(
         model,
-        tokens,
-        padding,
-        row_keys,
-        done,
+        *spread((tokens, padding, row_keys, done)),
         num_slots=length + blocks * BLOCK,
         dtype=drawing["dtype"],
     )
@@ -276,7 +285,7 @@ def _sample_batch(
                 done[row] = True
         if done.all():
             break
-        rows = rows._replace(done=jnp.asarray(done))
+        rows = rows._replace(done=spread(jnp.asarray(done)))
     return [Completion(text, reason) for text, reason in zip(texts, reasons, strict=True)]
 
 

@@ -19,6 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "memphis_jax.adalite": set(),
     "memphis_jax.data.prompts": set(),
     "memphis_jax.rounds.grade": set(),
+    "memphis_jax.interpolate": set(),
+    "memphis_jax.tensors": set(),
     "memphis_jax.rounds.pairs": set(),
     "memphis_jax.model": {CONFIG},
     "memphis_jax.optimizer": {CONFIG, "memphis_jax.adalite"},
@@ -29,6 +31,11 @@ CONVERT_MAY_IMPORT = {CONFIG, "memphis_jax.model", "memphis_jax.checkpoint"}
 # These run on machines without JAX: a GPU host that generates, a laptop that grades.
 JAX_FREE = {
     "memphis_jax.data.prompts",
+    "memphis_jax.interpolate",
+    "memphis_jax.merge",
+    "memphis_jax.merge_report",
+    "memphis_jax.model_card",
+    "memphis_jax.publish",
     "memphis_jax.rounds.answers",
     "memphis_jax.rounds.audit",
     "memphis_jax.rounds.blocks",
@@ -40,7 +47,9 @@ JAX_FREE = {
     "memphis_jax.rounds.ledger",
     "memphis_jax.rounds.pairs",
     "memphis_jax.rounds.quantities",
+    "memphis_jax.rounds.scribe",
     "memphis_jax.rounds.shards",
+    "memphis_jax.rounds.sweep",
     "memphis_jax.rounds.symbolic",
 }
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")

@@ -22,13 +22,13 @@ def test_the_card_table_is_the_config() -> None:
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads(path: Path) -> None:
-    assert configs.load(str(path)).rounds.num_rounds == 4
+    assert configs.load(str(path)).rounds.num_rounds == (0 if "scribe" in path.stem else 4)
 
 
 def test_commands_named_in_the_readme_exist() -> None:
     from memphis_jax.__main__ import COMMANDS
 
     text = (REPO / "README.md").read_text()
-    listed = re.search(r"about each stage: (.*)\.\n", text)
+    listed = re.search(r"about each stage: (.*?)\.\n", text, re.DOTALL)
     assert listed is not None
     assert set(re.findall(r"`(\w+)`", listed[1])) | {"rounds"} == set(COMMANDS)

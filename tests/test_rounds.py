@@ -17,7 +17,7 @@ import pytest
 from memphis_jax import config as configs
 from memphis_jax.rounds import commands
 from memphis_jax.rounds.files import read_jsonl, write_jsonl
-from memphis_jax.rounds.run import _claim as claim
+from memphis_jax.rounds.run import claim
 
 REPO = Path(__file__).parents[1]
 MEMPHIS = [sys.executable, "-m", "memphis_jax"]

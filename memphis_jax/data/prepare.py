@@ -139,9 +139,9 @@ def load_sources(
     dropped: Counter[str] = Counter()
     if settings.source == "procedural":
         counts = (settings.num_train, settings.num_validation, settings.num_test)
-        splits = procedural.generate(*counts, config.seed)
+        splits = procedural.generate(*counts, config.seed, settings.task)
         procedural.write(building, splits, settings.vocab_size)
-        origin = {"generator": procedural.__name__, "seed": config.seed}
+        origin = {"generator": procedural.__name__, "task": settings.task, "seed": config.seed}
     else:
         building.mkdir(parents=True)
     if tokenizer:

@@ -1,8 +1,9 @@
 """Word problems made from a seed: the embedded default data, so `make demo` downloads nothing.
 
-Each problem is a sum of four or five steps told as a story. Its rationale is either terse or step
-by step, and nothing in the prompt says which: a model that imitates both can only get better by
-preferring the more reliable one, which is what the ranking rounds are for.
+Each problem of the task "sums" is a sum of four or five steps told as a story. Its rationale is
+either terse or step by step, and nothing in the prompt says which: a model that imitates both can
+only get better by preferring the more reliable one, which is what the ranking rounds are for. The
+task "more" compares what two people have: a second skill, to be learnt on top of the first one.
 
 Also trains the small tokenizer that goes with the data. Imports the standard library and, for the
 tokenizer, `tokenizers`; nothing of ours and no jax.
@@ -49,13 +50,13 @@ class Sum(NamedTuple):
 
 
 def generate(
-    num_train: int, num_validation: int, num_test: int, seed: int
+    num_train: int, num_validation: int, num_test: int, seed: int, task: str = "sums"
 ) -> dict[str, list[dict[str, str]]]:
-    """Rows {id, prompt, rationale, target, source} of the three splits.
+    """Rows {id, prompt, rationale, target, source} of the three splits, of one of `TASKS`.
 
     A pure function of the arguments. No arithmetic (the numbers of every step) occurs twice, inside
-    a split or across, so no prompt does. Raises ValueError for a negative count or for more than
-    `MOST_ROWS` rows.
+    a split or across, so no prompt does; of "more", no two people with their numbers. Raises
+    ValueError for a negative count or for more than `MOST_ROWS` rows.
     """
     counts = {"train": num_train, "validation": num_validation, "test": num_test}
     if min(counts.values()) < 0 or sum(counts.values()) > MOST_ROWS:
@@ -66,24 +67,49 @@ def generate(
     for split, count in counts.items():
         rows: list[dict[str, str]] = []
         while len(rows) < count:
-            problem = draw_sum(rng)
-            # Not the sum itself: 16 doubled and 16 + 16 are the same arithmetic.
-            arithmetic = step_by_step(problem)
-            if arithmetic in seen:
-                continue
-            seen.add(arithmetic)
-            style = terse if rng.random() < TERSE_SHARE else step_by_step
-            rows.append(
-                {
-                    "id": f"{split}-{len(rows):06d}",
-                    "prompt": tell(problem, rng),
-                    "rationale": style(problem),
-                    "target": str(results(problem)[-1]),
-                    "source": "procedural",
-                }
-            )
+            row = TASKS[task](rng, seen)
+            if row:
+                name = (
+                    f"{split}-{len(rows):06d}"
+                    if task == "sums"
+                    else f"{task}-{split}-{len(rows):06d}"
+                )
+                rows.append({"id": name, **row, "source": "procedural"})
         splits[split] = rows
     return splits
+
+
+def sum_row(rng: random.Random, seen: set[str]) -> dict[str, str] | None:
+    """A sum told as a story; None for one that was drawn before."""
+    problem = draw_sum(rng)
+    # Not the sum itself: 16 doubled and 16 + 16 are the same arithmetic.
+    arithmetic = step_by_step(problem)
+    if arithmetic in seen:
+        return None
+    seen.add(arithmetic)
+    style = terse if rng.random() < TERSE_SHARE else step_by_step
+    prompt = tell(problem, rng)
+    return {"prompt": prompt, "rationale": style(problem), "target": str(results(problem)[-1])}
+
+
+def more_row(rng: random.Random, seen: set[str]) -> dict[str, str] | None:
+    """Two people, one of whom has more of a thing, and by how many: "9 - 4 = 5."."""
+    less, more = sorted(rng.sample(range(1, LARGEST_RESULT + 1), 2))
+    rich, poor = rng.sample(SHE + HE, 2)
+    told = [f"{rich} has {more}", f"{poor} has {less}"]
+    rng.shuffle(told)
+    if str(told) in seen:
+        return None
+    seen.add(str(told))
+    thing = rng.choice(THINGS)
+    sentences = [f"{text} {thing if text.endswith(' 1') else thing + 's'}." for text in told]
+    question = f"How many more {thing}s does {rich} have than {poor}?"
+    rationale = f"{more} - {less} = {more - less}."
+    prompt = " ".join([*sentences, question])
+    return {"prompt": prompt, "rationale": rationale, "target": str(more - less)}
+
+
+TASKS = {"sums": sum_row, "more": more_row}
 
 
 def draw_sum(rng: random.Random) -> Sum:

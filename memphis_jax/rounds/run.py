@@ -16,13 +16,13 @@ from memphis_jax.rounds.files import write_json
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import Recipe
 
-# What may change in a run that goes on: where stages run, how they are fitted to the machines, and
-# when a gate closes; not what is made.
+# What may change in a run that goes on: where stages run, how they are fitted to the machines, when
+# a gate closes, and the merge, the end of a recipe, whose stages run again where it changes.
 PLACES = (
     *("executor.", "mesh.", "sft.accumulation:", "rank.accumulation:"),
     *("compute.remat:", "compute.attention:", "compute.logprob_chunk:"),
     *("generate.python:", "generate.data_parallel:", "generate.tensor_parallel_size:"),
-    "generate.parity_bound:",
+    *("generate.parity_bound:", "merge."),
 )
 
 
@@ -36,16 +36,16 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
-    _check(config)
+    check(config)
     workdir: Path = args.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
-        _claim(workdir, config)
+        claim(workdir, config)
         results = Recipe(workdir, config).run()
     print_results(results, workdir)
 
 
-def _check(config: configs.RunConfig) -> None:
+def check(config: configs.RunConfig) -> None:
     """What is said at once, not after hours of SFT."""
     for name in ("num_validation", "num_test"):
         if config.data.source == "mixture" and getattr(config.data, name) == 0:
@@ -58,12 +58,15 @@ def _check(config: configs.RunConfig) -> None:
         )
 
 
-def _claim(workdir: Path, config: configs.RunConfig) -> None:
+def claim(workdir: Path, config: configs.RunConfig) -> None:
     """Saves the config in a new workdir; refuses one that was started with another config."""
     path = workdir / "config.json"
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as it was saved: no tuples
-    saved = json.loads(path.read_text()) if path.is_file() else fields
-    if lines := [line for line in configs.difference(saved, fields) if not line.startswith(PLACES)]:
+    saved = (
+        configs.build(configs.RunConfig, json.loads(path.read_text())) if path.is_file() else config
+    )
+    # As JSON has them: no tuples. A field newer than the saved file has its default there.
+    old, fields = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (saved, config))
+    if lines := [line for line in configs.difference(old, fields) if not line.startswith(PLACES)]:
         raise configs.ConfigError(
             f"{workdir} was started with another config: use another --workdir, or delete it. "
             "Differing (saved -> given): " + "; ".join(lines)

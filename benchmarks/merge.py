@@ -1,0 +1,224 @@
+"""Merging two random models, beside mergekit on the same files: seconds, peak memory, agreement.
+
+    python -m benchmarks merge --mergekit MERGEKIT_VENV/bin/python [--gigabytes 2]
+
+The models are of StableLM's shape, bfloat16, in two shards each; the second is the first with noise
+of 5 degrees or, for every fourth tensor, of half a degree, where SLERP is linear. Memory is the
+most that a process held (ru_maxrss), less what it holds once it has imported its packages.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from memphis_jax.rounds.certificate import file_hashes
+from memphis_jax.rounds.files import write_json
+from memphis_jax.tensors import Tensor, header, open_tensors, to_float64
+
+WIDTH, MLP, VOCABULARY = 2560, 6912, 50304  # of the 3B
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks merge", description=__doc__)
+    parser.add_argument("--mergekit", help="interpreter of an environment that has mergekit")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of each model")
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--repeats", type=int, default=1, help="the fastest one counts")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="memphis-merge-", dir=args.folder) as name:
+        folder = Path(name)
+        for seed, model in enumerate(("a", "b")):
+            # In a process of its own: what this one holds would count for its children too.
+            work = (folder / model, args.gigabytes, seed)
+            maker = multiprocessing.get_context("spawn").Process(target=make_model, args=work)
+            maker.start()
+            maker.join()
+        figures = measure(folder, args.mergekit, args.repeats)
+    show(figures)
+    if args.json:
+        write_json(args.json, figures)
+
+
+def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
+    """The 3B's tensors, of as many layers as are needed."""
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
+        "lm_head.weight": (VOCABULARY, WIDTH),
+        "model.norm.weight": (WIDTH,),
+        "model.norm.bias": (WIDTH,),
+    }
+    layer = 0
+    while layer == 0 or 2 * sum(int(np.prod(s)) for s in found.values()) < gigabytes * 1e9:
+        at = f"model.layers.{layer}."
+        found |= {f"{at}self_attn.{x}_proj.weight": (WIDTH, WIDTH) for x in "qkvo"}
+        found |= {f"{at}mlp.{x}_proj.weight": (MLP, WIDTH) for x in ("gate", "up")}
+        found[f"{at}mlp.down_proj.weight"] = (WIDTH, MLP)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found |= {f"{at}{norm}.{x}": (WIDTH,) for x in ("weight", "bias")}
+        layer += 1
+    return found
+
+
+def make_model(folder: Path, gigabytes: float, seed: int) -> None:
+    """A certified folder; of seed 1, the model of seed 0 with noise."""
+    folder.mkdir()
+    table = shapes(gigabytes)
+    names, half = list(table), len(table) // 2
+    weight_map = {}
+    for number, members in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        kinds = [Tensor(folder / file, name, "BF16", table[name]) for name in members]
+        with open(folder / file, "wb") as out:
+            out.write(header(kinds))
+            for name in members:
+                out.write(values(name, table[name], seed).view(np.uint8).data)
+        weight_map |= dict.fromkeys(members, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    layers = sum(name.endswith("q_proj.weight") for name in names)
+    config = {
+        "architectures": ["StableLmForCausalLM"],
+        "model_type": "stablelm",
+        "num_hidden_layers": layers,
+        "torch_dtype": "bfloat16",
+    }
+    write_json(folder / "config.json", config)
+    write_json(folder / "conversion.json", {"files": file_hashes(folder)})
+
+
+def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """bfloat16 of a name's own seed."""
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    value = 0.02 * np.random.default_rng(digest).standard_normal(shape, np.float32)
+    if seed:
+        noise = np.random.default_rng(digest + 1).standard_normal(shape, np.float32)
+        degrees = 0.5 if digest % 4 == 0 else 5.0
+        value += 0.02 * np.float32(np.tan(np.radians(degrees))) * noise
+    return value.astype(ml_dtypes.bfloat16)
+
+
+def measure(folder: Path, mergekit: str | None, repeats: int) -> dict:
+    a, b = folder / "a", folder / "b"
+    tensors = open_tensors(a)
+    largest = max(tensor.num_bytes for tensor in tensors.values())
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    python = [sys.executable, "-m"]
+    commands = {
+        "memphis merge": (
+            [*python, "memphis_jax", "merge", a, b, "--out", folder / "ours", "--t", "0.4"],
+            [sys.executable, "-c", "import memphis_jax.merge"],
+        )
+    }
+    if mergekit:
+        recipe = {
+            "models": [{"model": str(a)}, {"model": str(b)}],
+            "merge_method": "slerp",
+            "base_model": str(a),
+            "parameters": {"t": 0.4},
+            "dtype": "bfloat16",
+        }
+        (folder / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML
+        module = "mergekit.scripts.run_yaml"
+        options = ["--no-copy-tokenizer", "--quiet"]
+        commands["mergekit"] = (
+            [mergekit, "-m", module, folder / "recipe.yml", folder / "theirs", *options],
+            [mergekit, "-c", f"import {module}"],
+        )
+    figures: dict = {"gigabytes": total / 1e9, "largest_tensor_mb": largest / 1e6, "runs": {}}
+    for _ in range(repeats):
+        for name, (command, imports) in commands.items():
+            _, _, base = timed(imports)
+            seconds, cpu, peak = timed(command)
+            row = {"seconds": seconds, "cpu_seconds": cpu}
+            row |= {"above_start_mb": peak - base, "at_start_mb": base}
+            row["tensors"] = 1e6 * row["above_start_mb"] / largest
+            before = figures["runs"].get(name)
+            if before is None or seconds < before["seconds"]:
+                figures["runs"][name] = row
+    if mergekit:
+        figures["agreement"] = compare(folder / "ours", folder / "theirs")
+    figures["copy_seconds"] = copying(a, folder / "copy")
+    return figures
+
+
+def timed(command: Sequence[object]) -> tuple[float, float, float]:
+    """(seconds, of processor time, MB at most) of a process that must succeed."""
+    start = time.perf_counter()
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        sys.exit(f"{' '.join(words)}: exit status {status}")
+    return seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss / 1e6
+
+
+def compare(ours: Path, theirs: Path) -> dict:
+    """Share of numbers equal to the bit, the largest difference, and their root mean square."""
+    left, right = open_tensors(ours), open_tensors(theirs)
+    assert left.keys() == right.keys()
+    equal = count = 0
+    most = squares = 0.0
+    for name, tensor in left.items():
+        for rows in tensor.pieces(1 << 20):
+            x, y = tensor.read(rows), right[name].read(rows)
+            equal += int((x.view(np.uint16) == y.view(np.uint16)).sum())
+            x, y = to_float64(x), to_float64(y)
+            count, squares = count + x.size, squares + float((x * x).sum())
+            most = max(most, float(np.abs(x - y).max()))
+    rms = (squares / count) ** 0.5
+    return {"equal_share": equal / count, "numbers": count, "most": most, "rms": rms}
+
+
+def copying(source: Path, target: Path) -> float:
+    """Seconds that reading one model and writing it takes by itself."""
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    os.sync()
+    return time.perf_counter() - start
+
+
+def show(figures: dict) -> None:
+    table = Table(
+        title=f"two models of {figures['gigabytes']:.2f} GB, largest tensor "
+        f"{figures['largest_tensor_mb']:.0f} MB"
+    )
+    for column in (
+        "",
+        "seconds",
+        "of processors",
+        "MB above start",
+        "in largest tensors",
+        "MB at start",
+    ):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in figures["runs"].items():
+        seconds = (f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds"))
+        memory = (
+            f"{row['above_start_mb']:.0f}",
+            f"{row['tensors']:.2f}",
+            f"{row['at_start_mb']:.0f}",
+        )
+        table.add_row(name, *seconds, *memory)
+    Console().print(table)
+    if agreement := figures.get("agreement"):
+        print(
+            f"{100 * agreement['equal_share']:.4f} % of {agreement['numbers']:,} numbers equal to "
+            f"the bit; the largest difference is {agreement['most']:.1e}, their root mean square "
+            f"{agreement['rms']:.1e}"
+        )
+    print(f"copying one of the models and syncing: {figures['copy_seconds']:.1f} s")

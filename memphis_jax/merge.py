@@ -1,0 +1,345 @@
+"""`memphis merge A B`: two HF folders of one model into a third, tensor by tensor. No jax.
+
+    A/*.safetensors, B/*.safetensors -> OUT/*.safetensors, config and tokenizer of A,
+                                        merge.json (the report), conversion.json (the certificate)
+
+Each tensor is read twice in pieces (for its angle, then for the result), by as many threads as
+there are cores; memory holds some pieces, never a tensor. Arithmetic is float64, the result has the
+dtype of its parents. OUT appears by rename. How tensors are combined: `interpolate.py`; several t
+and what they score: `rounds/sweep.py`.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from memphis_jax import config as configs
+from memphis_jax.interpolate import (
+    METHODS,
+    NO_SUMS,
+    THRESHOLD,
+    Sums,
+    blend,
+    cosine,
+    distance,
+    sums,
+    weights,
+)
+from memphis_jax.merge_report import describe, summary
+from memphis_jax.rounds.certificate import CERTIFICATE, check_certificate, file_hashes
+from memphis_jax.rounds.files import sha256_file, write_json
+from memphis_jax.same_model import model_config, same_model
+from memphis_jax.tensors import (
+    DTYPES,
+    INDEX,
+    Tensor,
+    from_float64,
+    header,
+    split,
+    to_float64,
+)
+
+Row = dict[str, Any]
+
+REPORT = "merge.json"
+COMPANIONS = (  # of A, where it has them
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "tokenizer.model"),
+)
+PIECE = 1 << 20  # elements that a thread reads at once
+BLOCK = 1 << 17  # elements that are float64 at once, in the processor's cache
+
+
+def merge(argv: Sequence[str]) -> None:
+    args, overrides = _arguments(argv)
+    given = {"method": args.method, "t": args.t, "threshold": args.threshold}
+    how = configs.MergeConfig(**given, t_for=tuple(args.t_for))
+    if args.sweep:
+        from memphis_jax.rounds import sweep  # it runs the stages of a recipe
+
+        return sweep.command(args, how, overrides)
+    options = {"shard_bytes": args.max_shard_mb * 10**6, "uncertified": args.uncertified}
+    report = merge_folders(args.a, args.b, args.out, how, **options)
+    print(f"{args.out}: {describe(report)}")
+
+
+def merge_folders(
+    a: Path,
+    b: Path,
+    out: Path,
+    how: configs.MergeConfig,
+    *,
+    shard_bytes: int = 5 * 10**9,
+    uncertified: bool = False,
+) -> Row:
+    """Writes `out` and returns the report (see `summary`), which is in OUT/merge.json too.
+
+    Raises ValueError, naming everything at once, where a certificate does not cover its folder,
+    where the two are not the same model in shapes, dtypes, config and tokenizer, for a `t_for`
+    that no tensor has, and for NaN or infinity; FileExistsError for an `out` of something else.
+    """
+    hashes = _certified(a, b, uncertified)
+    left, right = same_model(a, b)
+    ts = {name: t_of(name, how) for name in left}
+    _check_patterns(how, left)
+    with _published(out, (a, b)) as folder:
+        rows = _write_tensors(folder, left, right, ts, how, shard_bytes)
+        tensors = {name: row.pop("stored") for name, row in rows.items()}
+        report = {**summary(rows, left, how), "a": str(a), "b": str(b), "tensors": rows}
+        write_json(folder / REPORT, report)
+        for name in COMPANIONS:
+            if (a / name).is_file():
+                shutil.copyfile(a / name, folder / name)
+        write_json(folder / CERTIFICATE, _certificate(folder, tensors, (a, b), hashes))
+    return report
+
+
+def t_of(name: str, how: configs.MergeConfig) -> float:
+    """t of a tensor: of the first pattern of `t_for` that is found in its name, or `how.t`."""
+    found = (t for pattern, t in how.patterns() if pattern.search(name))
+    return next(found, how.t)
+
+
+def _check_patterns(how: configs.MergeConfig, names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern, _ in how.patterns():
+        if not any(pattern.search(name) for name in names):
+            raise ValueError(f"t_for: no tensor's name holds {pattern.pattern!r}")
+
+
+def _certified(a: Path, b: Path, uncertified: bool) -> list[dict[str, str]]:
+    """The files' hashes of both folders, once their certificates cover them."""
+    found, problems = [], []
+    for folder in (a, b):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        print(f"{folder}: hashing", file=sys.stderr, flush=True)
+        found.append(file_hashes(folder))
+        try:
+            check_certificate(folder, found[-1])
+        except ValueError as error:
+            problems.append(str(error))
+    if problems and not uncertified:
+        raise ValueError("; ".join(problems))
+    return found
+
+
+def _write_tensors(
+    folder: Path,
+    left: dict[str, Tensor],
+    right: dict[str, Tensor],
+    ts: dict[str, float],
+    how: configs.MergeConfig,
+    shard_bytes: int,
+) -> dict[str, Row]:
+    """The shards and their index; returns for each tensor its row of the report and `stored`."""
+    # Wide ones first: every tensor then starts at a multiple of its own item size.
+    names = sorted(left, key=lambda name: -DTYPES[left[name].dtype].itemsize)
+    shards = split({name: left[name].num_bytes for name in names}, shard_bytes)
+    total = sum(tensor.num_bytes for tensor in left.values())
+    rows: dict[str, Row] = {}
+    console, cores = Console(stderr=True), len(os.sched_getaffinity(0))
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with bar, ThreadPoolExecutor(cores) as pool:
+        task = bar.add_task("merging", total=total)
+        for file, members in shards.items():
+            with open(folder / file, "wb") as out:
+                out.write(header([left[name] for name in members]))
+                for name in members:
+                    pair = (left[name], right[name])
+                    rows[name] = _merge_tensor(*pair, ts[name], how, pool, out)
+                    bar.advance(task, left[name].num_bytes)
+                out.flush()
+                os.fsync(out.fileno())
+    if len(shards) > 1:
+        weight_map = {name: file for file, members in shards.items() for name in members}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / INDEX, index)
+    return rows
+
+
+def _merge_tensor(
+    a: Tensor,
+    b: Tensor,
+    t: float,
+    how: configs.MergeConfig,
+    pool: ThreadPoolExecutor,
+    out: BinaryIO,
+) -> Row:
+    pieces = a.pieces(PIECE)
+    total = NO_SUMS
+    for part in _in_order(pool, partial(_sums, a, b), pieces):
+        total = total.plus(part)
+    if not all(map(math.isfinite, total)):
+        raise ValueError(f"{a.name} of {a.path.parent} or {b.path.parent} holds NaN or infinity")
+    by = weights(how.method, t, total, how.threshold)  # type: ignore[arg-type]
+    digest = hashlib.sha256()
+
+    def piece(rows: slice) -> np.ndarray:
+        if by.branch == "copy":  # to the bit: also a zero's sign
+            return _bytes((a if by.first else b).read(rows))
+        blocks = [from_float64(blend(x, y, by), a.dtype) for x, y in _blocks(a, b, rows)]
+        return _bytes(np.concatenate(blocks))
+
+    for data in _in_order(pool, piece, pieces):
+        out.write(data)
+        digest.update(data)
+    square = by.first**2 * total.aa + by.second**2 * total.bb + 2 * by.first * by.second * total.ab
+    return {
+        "t": t,
+        "branch": by.branch,
+        "why": by.why,
+        "angle": round(math.degrees(math.acos(cosine(total))), 6),
+        "norm_a": math.sqrt(total.aa),
+        "norm_b": math.sqrt(total.bb),
+        "norm": math.sqrt(max(0.0, square)),
+        "distance": distance(total),
+        "stored": {
+            "dtype": DTYPES[a.dtype].name,
+            "shape": list(a.shape),
+            "sha256": digest.hexdigest(),
+        },
+    }
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _sums(a: Tensor, b: Tensor, rows: slice) -> Sums:
+    total = NO_SUMS
+    for x, y in _blocks(a, b, rows):
+        total = total.plus(sums(x, y))
+    return total
+
+
+def _blocks(a: Tensor, b: Tensor, rows: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both tensors' rows as flat float64 arrays of at most BLOCK elements."""
+    x, y = a.read(rows).reshape(-1), b.read(rows).reshape(-1)
+    for start in range(0, max(1, x.size), BLOCK):
+        block = slice(start, start + BLOCK)
+        yield to_float64(x[block]), to_float64(y[block])
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[slice], Any], items: Iterable[slice]
+) -> Iterator[Any]:
+    """Like `pool.map`, with a few results waiting at most."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > 4:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _certificate(
+    folder: Path,
+    tensors: dict[str, Row],
+    parents: Sequence[Path],
+    hashes: Sequence[dict[str, str]],
+) -> Row:
+    """conversion.json as `convert to-hf` writes it, with both parents as its source."""
+    lineage = []
+    for parent, files in zip(parents, hashes, strict=True):
+        path = parent / CERTIFICATE
+        row: Row = {"folder": str(parent.resolve()), "files": files}
+        if path.is_file():
+            row |= {"certificate_sha256": sha256_file(path)}
+            row |= {"source": json.loads(path.read_text("utf-8")).get("source")}
+        lineage.append(row)
+    both = json.dumps([files for files in hashes], sort_keys=True).encode()
+    return {
+        "format": 1,
+        "model": dataclasses.asdict(model_config(folder)),
+        "dtype": "keep",
+        "tensors": tensors,
+        "files": file_hashes(folder),
+        "coverage": {"tensors": len(tensors), "tensors_mapped": len(tensors)},
+        # No training step has followed: `convert from-hf` makes step 0 of it.
+        "source": {
+            "step": 0,
+            "sha256": hashlib.sha256(both).hexdigest(),
+            "merged_from": lineage,
+        },
+    }
+
+
+@contextmanager
+def _published(out: Path, parents: Sequence[Path]) -> Iterator[Path]:
+    """An empty folder beside `out` that becomes `out` by rename, only on success.
+
+    Another merge or export there is replaced; anything else, and a parent, is refused.
+    """
+    out = out.resolve()
+    for parent in (parent.resolve() for parent in parents):
+        if out in (parent, *parent.parents) or parent in out.parents:
+            raise FileExistsError(f"--out {out} and {parent}, which is merged, overlap")
+    if out.exists() and not (out / CERTIFICATE).is_file() and (out.is_file() or any(out.iterdir())):
+        raise FileExistsError(f"{out} holds something else than a merge: choose another --out")
+    building, old = (out.with_name(f".{out.name}.merge-{word}") for word in ("partial", "old"))
+    for leftover in (building, old):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rename(old)
+    building.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="memphis merge",
+        description="Merge two HF folders of one model, tensor by tensor.",
+        epilog="A tensor's own t: --t-for 'mlp=0.3' --t-for 'layers\\.[0-3]\\.=0.1' (a regular "
+        "expression found in its name; the first that is found counts). Several t, each scored on "
+        "questions: --sweep 0,0.25,0.5,0.75,1 --config configs/tiny_scribe.py --task "
+        "sums=runs/scribe/cot/data/validation.jsonl (how answers are sampled is in the config; "
+        "its fields can be set here too, as --config.generate.max_new_tokens=64).",
+    )
+    add = parser.add_argument
+    add("a", type=Path, metavar="A", help="HF folder; all of it at t = 0")
+    add("b", type=Path, metavar="B", help="HF folder; all of it at t = 1")
+    add("--out", required=True, type=Path, help="HF folder to write; --sweep: folder of the sweep")
+    add("--method", choices=METHODS, default="slerp", help="default: %(default)s")
+    add("--t", type=float, default=0.5, help="share of B, 0 to 1 (default: %(default)s)")
+    add("--t-for", action="append", default=[], metavar="REGEX=T", help="t of some tensors")
+    why = "slerp is linear where |cos| of the angle is above this (default: mergekit's %(default)s)"
+    add("--threshold", type=float, default=THRESHOLD, help=why)
+    add("--max-shard-mb", type=int, default=5000, help="MB in a file (default: %(default)s)")
+    add("--uncertified", action="store_true", help="take folders without a valid certificate")
+    add("--sweep", metavar="T,T,...", help="merge at each t and score it; needs --config, --task")
+    add("--config", help="sweep: configs/*.py, for `generate` and `compute`")
+    add("--task", action="append", default=[], metavar="NAME=FILE", help="sweep: questions.jsonl")
+    add("--eval", default="", metavar="TASKS", help="sweep: score with `memphis eval --tasks` too")
+    args, overrides = parser.parse_known_args(argv)
+    if args.max_shard_mb < 1:
+        parser.error(f"--max-shard-mb {args.max_shard_mb} must be 1 or more")
+    if args.sweep and not (args.config and (args.task or args.eval)):
+        parser.error("--sweep needs --config, and --task NAME=FILE or --eval TASKS")
+    if not args.sweep and (args.config or args.task or args.eval or overrides):
+        parser.error(f"without --sweep there is no use of --config, --task, --eval, {overrides}")
+    return args, overrides

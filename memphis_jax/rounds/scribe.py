@@ -1,0 +1,186 @@
+"""`memphis scribe`: a CoT model, finetuned on more data, merged back with its start. No jax.
+
+    [cot: memphis rounds] -> start/hf -> data -> init -> sft -> sft/hf
+      -> merged/hf (start and finetuned, by `config.merge`) -> accuracies of the three
+      -> the same at every t of `config.merge.sweep` -> results.json, sweep.png, report.html
+
+The second recipe of the Memphis family (euclaise/Memphis-scribe-3B-alpha): finetuning forgets some
+of what the start could do, and averaging the weights brings part of it back. What a model can do is
+measured on held-out questions: of the data that made the start, and of the new data. Stages,
+records and resuming are those of `memphis rounds`.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from memphis_jax import config as configs
+from memphis_jax.rounds.files import write_json
+from memphis_jax.rounds.ledger import locked
+from memphis_jax.rounds.recipe import CONVERT, MEMPHIS, Recipe
+from memphis_jax.rounds.run import check, claim
+from memphis_jax.rounds.sweep import (
+    CHART,
+    Tasks,
+    best_t,
+    merge_stage,
+    points,
+    print_sweep,
+    score,
+    sweep,
+)
+
+Row = dict[str, Any]
+
+MODELS = ("start", "finetuned", "merged")
+SPLITS = ("validation", "test")
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="memphis scribe",
+        description="Finetune a CoT model on more data and merge it with its start, in --workdir; "
+        "started again, it goes on where it was.",
+        epilog="Any config field can be set: --config.merge.t=0.3",
+    )
+    parser.add_argument("--config", required=True, help="configs/*_scribe.py")
+    parser.add_argument("--workdir", required=True, type=Path)
+    args, overrides = parser.parse_known_args(argv)
+    config = configs.load(args.config, overrides)
+    cot = _check(config, Path(args.config).parent)
+    workdir: Path = args.workdir
+    if cot:
+        start = dataclasses.replace(config.start, hf_folder=str(workdir / "start" / "hf"))
+        config = dataclasses.replace(config, start=start)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        claim(workdir, config)
+        results = Scribe(workdir, config, cot).run()
+    print_results(results, workdir)
+
+
+def _check(config: configs.RunConfig, here: Path) -> Path | None:
+    """Raises what is said at once; returns the config that makes the start, if one does."""
+    check(config)
+    start = config.start
+    if bool(start.hf_folder) == bool(start.rounds_config):
+        raise configs.ConfigError(
+            f"start.hf_folder = {start.hf_folder!r} and start.rounds_config = "
+            f"{start.rounds_config!r}: `memphis scribe` starts from a trained model, so set one of "
+            "them (an HF folder, or the config of a `memphis rounds` run that makes it)"
+        )
+    if not start.rounds_config:
+        return None
+    configs.load(str(here / start.rounds_config), start.rounds_overrides)  # says what is wrong
+    return here / start.rounds_config
+
+
+class Scribe:
+    """The stages of one run, on top of those of `Recipe`."""
+
+    def __init__(self, workdir: Path, config: configs.RunConfig, cot: Path | None):
+        self.recipe = Recipe(workdir, config)
+        self.workdir, self.config, self.cot = workdir, config, cot
+
+    def run(self) -> Row:
+        init, tuned = self.start(), self.workdir / "sft"
+        self.recipe.train("sft", "sft", tuned, init, self.recipe.data)
+        start_hf, tuned_hf = self.workdir / "start" / "hf", self.export("sft", tuned)
+        self.recipe.exported[init] = start_hf
+        merged = merge_stage(self.recipe, "merged", start_hf, tuned_hf, self.config.merge)
+        tasks = self.tasks()
+        results: Row = {"models": {}}
+        for name, checkpoint in zip(MODELS, (init, tuned, merged), strict=True):
+            results["models"][name] = score(self.recipe, name, checkpoint, tasks)
+            write_json(self.workdir / "eval" / f"{name}.json", results["models"][name])
+        merge, scores = self.config.merge, results["models"]
+        known = {0.0: scores["start"], 1.0: scores["finetuned"]}
+        known |= {} if merge.t_for else {merge.t: scores["merged"]}
+        results["sweep"] = sweep(self.recipe, start_hf, tuned_hf, tasks, known)
+        results["best_t"] = best_t(results["sweep"])
+        results["t"] = merge.t
+        results["seconds"] = round(sum(row["seconds"] for row in self.recipe.ledger.records()), 1)
+        results["seed"] = self.config.seed
+        write_json(self.workdir / "results.json", results)
+        if points(results["sweep"]):
+            from memphis_jax import charts  # matplotlib
+
+            charts.save_tradeoff(points(results["sweep"]), self.workdir / CHART)
+        subprocess.run([*MEMPHIS, "report", str(self.workdir)], check=True)
+        return results
+
+    def start(self) -> Path:
+        """The checkpoint to start from, with its certified HF folder start/hf, and the data."""
+        if self.cot is None:
+            init = self.recipe.start()
+            assert init is not None  # start.hf_folder is set
+            self.export("start", init)
+            return init
+        folder, results = self.workdir / "cot", self.workdir / "cot" / "results.json"
+        overrides = self.config.start.rounds_overrides
+        command = (*MEMPHIS, "rounds", "--config", self.cot, "--workdir", folder, *overrides)
+        self.recipe.stage("cot", command, [self.cot], [results])
+        # A round without pairs trains nothing: the weights are those of the round before.
+        rounds = [
+            path for path in folder.glob("round*") if (path / "rank" / "checkpoints").is_dir()
+        ]
+        last = max(rounds, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+        self.export("start", last / "rank" if last else folder / "sft")
+        init = self.recipe.start()
+        assert init is not None  # start.hf_folder is start/hf
+        return init
+
+    def export(self, name: str, checkpoint: Path) -> Path:
+        """Start and finetuned in one dtype, that of compute: else they cannot be merged."""
+        out = self.workdir / name / "hf"
+        command = (*CONVERT, "to-hf", checkpoint, out, "--dtype", self.config.compute.dtype)
+        inputs = [checkpoint / "checkpoints", checkpoint / "tokenizer"]
+        self.recipe.stage(f"{name}-export", command, inputs, [out])
+        self.recipe.exported[checkpoint] = out
+        return out
+
+    def tasks(self) -> Tasks:
+        """Held-out questions by skill: those of the start's data, then those of the new data."""
+        folders = {_skill(self.config.data): self.recipe.data}
+        if self.cot:
+            saved = json.loads((self.workdir / "cot" / "config.json").read_text("utf-8"))
+            skill = _skill(configs.build(configs.RunConfig, saved).data)
+            folders = {skill: self.workdir / "cot" / "data"} | folders
+        return {
+            skill: {split: folder / f"{split}.jsonl" for split in SPLITS}
+            for skill, folder in folders.items()
+        }
+
+
+def _skill(data: configs.DataConfig) -> str:
+    return data.task if data.source == "procedural" else "CoT questions"
+
+
+def print_results(results: Row, workdir: Path) -> None:
+    """The tables that a run ends with, and where its report is."""
+    console, models = Console(), results["models"]
+    skills = [name for name in models["start"] if name != "eval"]
+    counts = {skill: models["start"][skill]["test"]["questions"] for skill in skills}
+    table = Table(title="accuracy on test questions, greedy")
+    table.add_column("")
+    for skill in skills:
+        table.add_column(f"{skill}\n({counts[skill]} questions)", justify="right")
+    for name in MODELS:
+        cells = [models[name][skill]["test"] for skill in skills]
+        texts = (f"{100 * x['accuracy']:.1f} ± {100 * x['standard_error']:.1f} %" for x in cells)
+        label = f"merged, t = {results['t']:g}" if name == "merged" else name
+        table.add_row(label, *texts)
+    console.print(table)
+    if results["sweep"]:
+        print_sweep(results["sweep"], console)
+        print(f"best mean of the validation accuracies: t = {results['best_t']:g}")
+    print(f"{results['seconds']:.0f} s in all")
+    print(f"report: {workdir / 'report.html'}")
