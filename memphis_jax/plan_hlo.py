@@ -52,7 +52,7 @@ def parse(text: str) -> Module:
         if head and not line.startswith(" "):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif re.match(r"\}(,|\s|$)", line):  # a kernel's own text may begin a line with }}
             current = None
         elif current is not None and (instruction := _instruction(line)):
             current[instruction.name] = instruction
@@ -156,19 +156,15 @@ def _branches(instruction: Instruction) -> list[str]:
 def collectives(module: Module) -> dict[str, Traffic]:
     """Traffic of each kind of collective that runs in a step.
 
-    A chain of asynchronous fusions repeats its collective in every link: a channel counts once.
+    A chain of asynchronous fusions repeats its collective in every link: only the first counts.
     Least bytes into a device, for groups of n and b bytes of payload: all-gather, reduce-scatter
     and all-to-all b (n - 1) / n, all-reduce twice that, collective-permute b.
     """
     found: dict[str, Traffic] = {}
-    seen: set[str] = set()
     for computation, instruction, times in executed(module):
         for where, one in _collectives_in(module, computation, instruction):
-            channel = re.search(r"channel_id=(\d+)", one.attributes)
-            key = channel[1] if channel else f"{where}/{one.name}"
-            if key in seen:
+            if _continues(where, module.computations[where]):
                 continue
-            seen.add(key)
             kind = one.opcode.removesuffix("-start")
             if where.startswith("all-reduce-scatter"):  # how a TPU fuses a reduce-scatter
                 kind = "reduce-scatter"
@@ -192,6 +188,13 @@ def _collectives_in(
         if inner := called(instruction, name):
             for one in module.computations[inner].values():
                 yield from _collectives_in(module, inner, one)
+
+
+def _continues(name: str, computation: Computation) -> bool:
+    """Whether a fused computation only goes on with a collective that an earlier one started."""
+    return name.startswith("async_collective_fusion") or any(
+        '"AsyncCollectiveDone"' in one.attributes for one in computation.values()
+    )
 
 
 def _group_size(attributes: str) -> int:

@@ -21,6 +21,11 @@ MODULE = """HloModule step, is_scheduled=true
   ROOT %custom-call.1 = (f32[8,128]{1,0}, f32[32,128]{1,0:T(8,128)S(1)}, s32[2]{0:S(4)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
+%async_collective_fusion.1 (p: f32[8,128]) -> f32[32,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.3 = f32[32,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}, use_global_device_ids=true
+}, execution_thread="main"
+
 %done.1 (p: f32[8,128]) -> f32[32,128] {
   %p = f32[8,128]{1,0:T(8,128)} parameter(0)
   %all-gather.2 = f32[32,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}, use_global_device_ids=true
@@ -30,7 +35,7 @@ MODULE = """HloModule step, is_scheduled=true
 %all-reduce-scatter.1 (q: bf16[64,128]) -> bf16[8,128] {
   %q = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
   %zero = s32[] constant(0)
-  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%q), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add.1
+  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%q), channel_id=7, replica_groups=[1,8]<=[8], to_apply=%add.1
   ROOT %part = bf16[8,128]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,128}
 }
 
@@ -59,6 +64,10 @@ MODULE = """HloModule step, is_scheduled=true
   %g = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=2
   %y = f32[8,128]{1,0:T(8,128)} fusion(%x, %i), kind=kLoop, calls=%slice_and_square
   %s = (f32[8,128]{1,0}, f32[32,128]{1,0:T(8,128)S(1)}, s32[2]{0:S(4)}) fusion(%y), kind=kCustom, calls=%start.1
+  %k = f32[8,128]{1,0:T(8,128)S(1)} custom-call(%y), custom_call_target="tpu_custom_call", kernel_metadata={
+"block_q": 256}
+}}, metadata={op_name="a kernel with a text of its own"}
+  %w = f32[32,128]{1,0:T(8,128)S(1)} fusion(%y), kind=kCustom, calls=%async_collective_fusion.1
   %d = f32[32,128]{1,0:T(8,128)S(1)} fusion(%y), kind=kCustom, calls=%done.1
   %r = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
   %cp = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%r), channel_id=9, source_target_pairs={{0,1},{1,0}}
