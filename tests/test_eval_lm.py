@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import sampled
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from reference_models import make_hf
@@ -55,11 +56,9 @@ def texts(number: int, longest: int, seed: int = 0) -> list[str]:
 def test_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
     contexts = ["", "Tom has", "Tom has ", "<|endoftext|>Tom", *texts(6, 40), *texts(4, 400)]
     endings = [" 3", "apples and 12 pears.", *texts(3, 30, seed=1), texts(1, 90, seed=2)[0][:40]]
-    greedy = engines.hf.generate_until(
-        requests("generate_until", [(c, {"max_gen_toks": 5}) for c in contexts[4:]])
-    )
     pairs = [(c, e) for c in contexts for e in endings]
-    pairs += [(c, e) for c, e in zip(contexts[4:], greedy, strict=True) if e]
+    # lm-eval's engine refuses an ending that is empty after its context's spaces have moved to it.
+    pairs = [(c, e) for c, e in pairs if c == "" or engines.hf._encode_pair(c, e)[1]]
     theirs = engines.hf.loglikelihood(requests("loglikelihood", pairs))
     ours = engines.jax.loglikelihood(requests("loglikelihood", pairs))
     lengths = [len(engines.jax.tok_encode(e)) for _, e in pairs]
@@ -68,9 +67,22 @@ def test_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
     ):
         assert abs(score - wanted) <= NATS_PER_TOKEN * max(1, length), pair
         assert best == is_best, pair
-    assert 0 < sum(best for _, best in ours) < len(pairs)
+    assert not all(best for _, best in ours)
     cut = [c for c in contexts if len(engines.jax.tok_encode(c)) > CONTEXT]
     assert len(cut) >= 2  # contexts that lose their start
+
+
+def test_what_is_written_greedily_is_the_most_likely(engines: Engines) -> None:
+    """As tokens: a random model's survive no decoding."""
+    asked = []
+    for context in texts(8, 40, seed=9):
+        ids = engines.jax.tok_encode(context)
+        new = engines.hf.model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
+        asked.append(((context, ""), ids, new[0, len(ids) :].tolist()))
+    theirs = engines.hf._loglikelihood_tokens(asked)
+    ours = engines.jax._loglikelihood_tokens(asked)
+    assert [best for _, best in ours] == [best for _, best in theirs] == [True] * 8
+    assert np.allclose([s for s, _ in ours], [s for s, _ in theirs], atol=3 * NATS_PER_TOKEN)
 
 
 def test_rolling_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
@@ -92,7 +104,7 @@ def test_greedy_texts_equal_those_of_hf_with_every_kind_of_stop(engines: Engines
     asked = []
     for context, text in zip(contexts, free, strict=True):
         for start, length in ((1, 1), (3, 2), (5, 4), (len(text) // 2, 7)):
-            stops = [text[start : start + length] or "?", "\n\n\n", ""]
+            stops = [text[start : start + length] or "?", "\n\n\n"]
             asked.append((context, {"until": stops, "max_gen_toks": 24, "do_sample": False}))
     asked += [(c, {"until": "q", "max_gen_toks": 40, "temperature": 0.0}) for c in contexts]
     theirs = engines.hf.generate_until(requests("generate_until", asked))
