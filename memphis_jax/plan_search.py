@@ -20,8 +20,8 @@ from memphis_jax.plan_cost import Bounds, bounds, matmul_parameters, model_flops
 
 MARGIN = 0.97  # of the memory, that a prediction may fill
 # Bytes per token and (D + F) that a layer's backward pass works with, beside what was kept: fitted
-# to a 3B model with full remat, 1 to 8 rows of 4096 tokens on v5e:4x4.
-WORKING = 23.0
+# to a 3B model with full remat, 8 rows of 4096 tokens on v5e:4x4 (docs/plan.md).
+WORKING = 18.5
 
 
 @dataclass(frozen=True)
