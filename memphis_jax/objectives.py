@@ -42,7 +42,8 @@ def packed_logprobs(
     x = model.hidden(x, batch["positions"], batch["segment_ids"], remat=remat, ops=ops)
     x = ops.constrain(x, "whole")
     chunk_size = logprob_chunk * ops.num_shards
-    return losses.token_logprobs(x, model.head(), batch["targets"], chunk_size=chunk_size)
+    head = ops.constrain(model.head().astype(dtype), "head")
+    return losses.token_logprobs(x, head, batch["targets"], chunk_size=chunk_size)
 
 
 def sft_sums(

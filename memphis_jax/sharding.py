@@ -45,6 +45,7 @@ ACTIVATIONS: dict[str, P] = {
     "whole": P(ROWS, None, None),  # [B, T, D], every position, for the vocabulary's matmul
     "heads": P(ROWS, None, "model", None),  # [B, T, N, H]
     "mlp": P(ROWS, None, "model"),  # [B, T, F]
+    "head": P(None, "model"),  # [D, V], gathered once for all chunks of the logprobs
 }
 
 
@@ -114,7 +115,10 @@ def num_shards(mesh: Mesh) -> int:
 
 def constrain(x: jax.Array, kind: str, *, mesh: Mesh) -> jax.Array:
     """`x` laid out as an activation of this kind (`ACTIVATIONS`); its values do not change."""
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS[kind]))
+    spec = ACTIVATIONS[kind]
+    if kind == "head":  # a vocabulary that `model` does not divide is whole
+        spec = P(None, leaf_spec("lm_head/kernel", x.shape, dict(mesh.shape))[1])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def lookup(table: jax.Array, tokens: jax.Array, *, mesh: Mesh) -> jax.Array:

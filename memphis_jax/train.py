@@ -31,9 +31,9 @@ from memphis_jax.runtime import Preemption, is_first, same_on_all_hosts
 from memphis_jax.sharding import global_batch, state_sharding
 
 MAX_SKIPPED_IN_A_ROW = 3
-# Without it a TPU's compiler cuts each product with gathered weights into one per device, whose sums
-# go through memory: three times the HBM traffic and 2 GB more (3B, v5e:4x4; docs/plan.md). MaxText
-# sets the same.
+# Without it a TPU's compiler cuts each product with gathered weights into one per device, whose
+# sums go through memory: three times the HBM traffic and 2 GB more (3B, v5e:4x4; docs/plan.md).
+# MaxText sets the same.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
