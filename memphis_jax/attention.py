@@ -145,11 +145,12 @@ def splash_attention(
 
     block = next(size for size in BLOCKS if seq_len % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     local_heads = num_heads // mesh.shape["model"]
     with jax.ensure_compile_time_eval():  # a step that is being traced may ask for it
         kernel = splash.make_splash_mha(
             mask=masks.MultiHeadMask([masks.CausalMask((seq_len, seq_len))] * local_heads),
-            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+            block_sizes=splash.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=1,
             save_residuals=True,

@@ -131,7 +131,7 @@ def _compile(config: RunConfig, request: Request) -> Compiled:
     step = train.make_step(request.phase, settings, config.compute, 1000, mesh)
     traced = step.trace(state, batch)
     lowered = traced.lower(lowering_platforms=("tpu",))
-    on_each = {
+    on_each: dict[str, Any] = {
         "parameters": _bytes_on_each(state.model),
         "optimizer": _bytes_on_each(state.opt_state),
         "gradients": _bytes_on_each(_trainable(state.model, settings)),

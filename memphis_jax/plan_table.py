@@ -6,11 +6,22 @@ from typing import Any
 from memphis_jax.plan_compile import GIB, Compiled
 from memphis_jax.plan_search import Candidate, Job, Search
 
-MEMORY = ("slice", "phase", "data x fsdp x model", "micro-batches x rows per chip", "remat")
-MEMORY += ("parameters", "optimizer", "gradients", "activations", "peak", "limit", "fits")
-SPEED = ("slice", "phase", "model PFLOP", "computed", "collectives", "received", "compute s")
-SPEED += ("HBM s", "network s", "bound by", "tokens/s <=", "MFU <=", "network exposed")
-TIME = ("slice", "chips", "SFT h >=", "rank h >=", "recipe h >=", "recipe h at MFU")
+MEMORY: tuple[str, ...] = (
+    *("slice", "phase", "data x fsdp x model", "micro-batches x rows per chip", "remat"),
+    *("parameters", "optimizer", "gradients", "activations", "peak", "limit", "fits"),
+)
+SPEED: tuple[str, ...] = (
+    *("slice", "phase", "model PFLOP", "computed", "collectives", "received", "compute s"),
+    *("HBM s", "network s", "bound by", "tokens/s <=", "MFU <=", "network exposed"),
+)
+TIME: tuple[str, ...] = (
+    "slice",
+    "chips",
+    "SFT h >=",
+    "rank h >=",
+    "recipe h >=",
+    "recipe h at MFU",
+)
 
 
 def render(
@@ -47,7 +58,9 @@ def render(
             for kind, one in sorted(found.collectives.items())
         ]
         others += [_other_row(search, one) for one in search.ranking() if one != chosen]
-    parts = [("Memory of a device, GB (GiB), as the compiler accounts for it", MEMORY, memory)]
+    parts: list[tuple[str, tuple[str, ...], list[list[str]]]] = [
+        ("Memory of a device, GB (GiB), as the compiler accounts for it", MEMORY, memory)
+    ]
     if speed:
         parts.append(("An optimizer step at best, by the chip's published figures", SPEED, speed))
         names = ("slice", "phase", "collective", "times", "payload GB", "received GB")
@@ -134,8 +147,8 @@ def _times(
     by_slice: dict[str, dict[str, tuple[Job, Candidate, Compiled]]] = {}
     for search, chosen in zip(searches, best, strict=True):
         if chosen is not None:
-            row = by_slice.setdefault(search.job.where.name, {})
-            row[search.job.phase] = (search.job, chosen, search.found[chosen])
+            phases = by_slice.setdefault(search.job.where.name, {})
+            phases[search.job.phase] = (search.job, chosen, search.found[chosen])
     rows = []
     for name, phases in by_slice.items():
         if len(phases) < 2:
