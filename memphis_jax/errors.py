@@ -36,27 +36,27 @@ def one_line(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _end(f"\n{command}: interrupted; the same command goes on from here", 1)
+        _end(f"\n{command}: interrupted; the same command goes on from here")
     except Stopped as stopped:  # on all hosts at once
         print(f"{command}: {stopped}", file=sys.stderr, flush=True)
         sys.exit(stopped.exit_code)
     except OSError as error:
-        _end(f"{command}: {error}", 1)
+        _end(f"{command}: {error}")
     except Exception as error:
         if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
-            _end(f"{command}: {error}", 1)
+            _end(f"{command}: {error}")
         if GUARDED not in os.environ:
             raise
         traceback.print_exc()
         _end(f"{command}: stopped", EXIT_UNSURE)
 
 
-def _end(message: str, code: int) -> NoReturn:
+def _end(message: str, code: int = 1) -> NoReturn:
+    if GUARDED not in os.environ:
+        sys.exit(message)  # exit code 1
     print(message, file=sys.stderr, flush=True)
-    if GUARDED in os.environ:  # JAX would wait at exit for processes that wait for this one
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)  # JAX would wait at exit for processes that wait for this one
 
 
 def _is_ours(error: BaseException) -> bool:
