@@ -322,8 +322,8 @@ def same_texts(one: Path, other: Path, tolerance: float) -> None:
                 ours["arguments"], ours["resps"], theirs["resps"], strict=True
             ):
                 compared += 1
-                if isinstance(a[0], str):
-                    assert a == b
+                if isinstance(a[0], str):  # vLLM keeps half a character at the end to itself
+                    assert a[0].rstrip("\ufffd") == b[0].rstrip("\ufffd")
                 else:
                     assert abs(a[0][0] - b[0][0]) <= tolerance * len(arguments[1])
     assert compared > 12
