@@ -5,6 +5,7 @@ import sys
 
 BENCHMARKS = {
     "data": "building and loading tokens, packing, the contamination guard",
+    "eval": "engines of `memphis eval` side by side: agreement and wall time",
     "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
     "stages": "seconds of each kind of stage of finished recipes, side by side",
     "merge": "merging two models, beside mergekit on the same files",

@@ -76,7 +76,12 @@ class CachedLM(LM):
         return getattr(self._lm, method)(requests, disable_tqdm=True)
 
     def _append(self, keys: list[str], answers: list[Any]) -> None:
-        line = json.dumps({"keys": keys, "answers": answers}, allow_nan=False)
+        try:
+            line = json.dumps({"keys": keys, "answers": answers}, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(
+                "the model gives a loglikelihood that is not finite: are its weights?"
+            ) from error
         with self._path.open("ab") as file:
             file.write(line.encode() + b"\n")
             file.flush()

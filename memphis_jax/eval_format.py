@@ -41,7 +41,8 @@ def agieval(doc: Row) -> Question:
     # Without a passage the question begins at once, and may itself contain the mark.
     passage, question = ("", asked[3:]) if asked.startswith("Q: ") else asked.rsplit("Q: ", 1)
     text, header, options = question.rpartition(" Answer Choices: ")
-    return f"{passage}\n\n{text}\n{header.strip()} {options}".strip(), "ABCDEFG"[doc["gold"][0]]
+    prompt = f"{passage.strip()}\n\n{text}\n{header.strip()} {options}".strip()
+    return prompt, "ABCDEFG"[doc["gold"][0]]
 
 
 def bbh(doc: Row) -> Question:

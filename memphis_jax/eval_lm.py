@@ -6,7 +6,8 @@ split over the mesh's devices; `place_model` puts the weights on all of them.
 
 What differs from `hf`: a text ends at the first stop however requests are batched (hf at batch
 sizes above 1 decodes on until all rows are done, then cuts; that is the same text unless stop
-strings overlap), and requests that sample are refused.
+strings overlap), an empty stop string means nothing (hf stops after one token), and requests that
+sample are refused.
 """
 
 from collections.abc import Iterable, Sequence

