@@ -156,7 +156,7 @@ def test_recipe_sizes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_wrong_inputs_are_one_line(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Named with value and fix, before anything is compiled."""
     from memphis_jax.__main__ import main
@@ -165,9 +165,10 @@ def test_wrong_inputs_are_one_line(
         raise AssertionError("something was compiled")
 
     monkeypatch.setattr(subprocess, "run", never)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         main(["plan", f"--config={CARD}", "--as-configured", *arguments])
-    (line,) = capfd.readouterr().err.splitlines()
+    assert isinstance(caught.value.code, str)  # what Python prints; exit code 1
+    (line,) = caught.value.code.splitlines()
     assert message in line
 
 

@@ -84,19 +84,17 @@ def test_the_merge_of_a_run_may_change_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_second_skill_is_another_kind_of_question() -> None:
-    rows = procedural.generate(400, 30, 30, 3, "most")
-    assert rows == procedural.generate(400, 30, 30, 3, "most")
+    rows = procedural.generate(400, 30, 30, 3, "more")
+    assert rows == procedural.generate(400, 30, 30, 3, "more")
     every = [row for split in rows.values() for row in split]
-    assert len({row["rationale"] for row in every}) == len(every)  # nothing is asked twice
+    assert len({row["prompt"] for row in every}) == len(every)  # nothing is asked twice
     sums = [row for split in procedural.generate(400, 30, 30, 3).values() for row in split]
     assert not {row["id"] for row in every} & {row["id"] for row in sums}
     for row in every:
         told = re.findall(r"(\w+) has (\d+) (\w+)\.", row["prompt"])
-        counts = {name: int(number) for name, number, _ in told}
-        assert len(counts) in (3, 4) and len({*counts.values()}) == len(counts)
-        assert counts[row["target"]] == max(counts.values())
-        listed = ", ".join(f"{name} {number}" for name, number in counts.items())
-        assert row["rationale"] == f"{listed}. {max(counts.values())} is the most."
+        less, more = sorted(int(number) for _, number, _ in told)
+        assert row["target"] == str(more - less) and less < more
+        assert row["rationale"] == f"{more} - {less} = {more - less}."
 
 
 # --- scores and the sweep
@@ -226,7 +224,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_ends_with_both_skills_of_three_models_and_a_sweep(undisturbed: Path) -> None:
     found = results(undisturbed)
     for model in ("start", "finetuned", "merged"):
-        for skill in ("sums", "most"):
+        for skill in ("sums", "more"):
             assert found["models"][model][skill]["test"]["questions"] == 12
     # t = 0.4 is the merge itself, so only 0.7 was made for the sweep
     assert [row["t"] for row in found["sweep"]] == [0.4, 0.7]
@@ -261,7 +259,7 @@ def test_a_sweep_by_hand_is_the_recipes(undisturbed: Path) -> None:
     words = [sys.executable, "-m", "memphis_jax", "merge", "--out", str(out), "--sweep", "0,0.7"]
     words += [str(undisturbed / name / "hf") for name in ("start", "sft")]
     words += ["--config", str(CONFIGS / "tiny_scribe.py")]
-    words += ["--task", f"most={undisturbed / 'data' / 'validation.jsonl'}"]
+    words += ["--task", f"more={undisturbed / 'data' / 'validation.jsonl'}"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
     subprocess.run(words, check=True, env=environment, cwd=out.parent)
     rows = json.loads((out / "sweep.json").read_text())["sweep"]
@@ -270,5 +268,5 @@ def test_a_sweep_by_hand_is_the_recipes(undisturbed: Path) -> None:
         (rows[0], found["models"]["start"]),
         (rows[1], found["sweep"][1]["scores"]),
     ):
-        assert row["scores"]["most"]["validation"] == scores["most"]["validation"]
+        assert row["scores"]["more"]["validation"] == scores["more"]["validation"]
     assert (out / "sweep.svg").is_file()
