@@ -38,7 +38,7 @@ demo: $(RUN)
 	.venv/bin/memphis rounds --config configs/tiny.py --workdir runs/demo
 
 test: $(DEV) $(VLLM)
-	$(PYTEST) --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term --durations=25
 
 check: $(DEV)
 	.venv/bin/ruff check

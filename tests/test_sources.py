@@ -150,16 +150,23 @@ def test_the_hub_gives_the_same_rows_at_the_pinned_commit(tmp_path: Path) -> Non
             write(tmp_path / data.repo, data.rows(), form, data.schema)
     digits = [{"problem": "007", "program": "12"}]  # a whole column that looks like numbers
     write_file(tmp_path / "euclaise/mathqa_programs/train.csv", digits, texts(*digits[0]))
+    patient = {f"HF_HUB_{what}_TIMEOUT": "120" for what in ("ETAG", "DOWNLOAD")}  # a busy machine
     with hub(copies) as (address, asked):
         out = subprocess.run(
             [sys.executable, "-c", LOAD, *names],
-            env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")},
+            env={
+                **os.environ,
+                **patient,
+                "HF_ENDPOINT": address,
+                "HF_HOME": str(tmp_path / "home"),
+            },
             capture_output=True,
             text=True,
             check=True,
         ).stdout
     booksum, oasst2, refused, mathqa = map(json.loads, out.splitlines())
     for found, name in ((booksum, names[0]), (oasst2, names[1]), (mathqa, names[3])):
+        assert isinstance(found, list), found  # the error, whole
         assert found[:4] == json.loads(json.dumps(load_all(name, tmp_path)[:4]))
     assert booksum[4]["revision"] == "b" * 40  # none is pinned: the one that the hub has
     assert (oasst2[4]["repo"], oasst2[4]["revision"]) == ("sablo/oasst2_curated", pinned)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 START_SECONDS = 120.0  # the imports alone take 2 s, on a busy machine far longer
+WALL = 4.0  # wall seconds per CPU second of the limit: two busy cores must not change a verdict
 
 # What surely ends in a time-out is not worth one: a power in an exponent, a huge exponent, long
 # numbers and factorials. The rest, (x^99)^99 too, is left to the limits.
@@ -39,7 +40,8 @@ class SymbolicEqual:
     """
 
     def __init__(self, seconds: float = 5.0, memory: int = 2**30):
-        """Limits for one comparison: wall time, and bytes of address space of the worker."""
+        """Limits for one comparison: CPU time of the worker (and WALL times that on the clock,
+        should it hang), and bytes of its address space."""
         self.timeouts = 0
         self._seconds, self._memory = seconds, memory
         self._known: dict[tuple[str, str], bool | TimeoutError | None] = {}
@@ -69,14 +71,14 @@ class SymbolicEqual:
             worker = self._start()
         try:
             worker.stdin.write(json.dumps([a, b]).encode() + b"\n")  # type: ignore[union-attr]
-            answer = _read(worker, self._seconds)
+            answer = _read(worker, WALL * self._seconds)
         except OSError:  # it ended this very moment
             answer = b""
         if answer:
             return json.loads(answer)
         self.close()
         self.timeouts += 1
-        return TimeoutError(f"gave up on {a!r} = {b!r} after {self._seconds:g} s or out of memory")
+        return TimeoutError(f"gave up on {a!r} = {b!r} after {self._seconds:g} s of CPU time or out of memory")
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
@@ -122,6 +124,7 @@ def _serve(seconds: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     import math_verify  # noqa: F401  not on the clock of the first comparison
 
     answers, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -129,12 +132,15 @@ def _serve(seconds: float, memory: int) -> None:
     os.dup2(nowhere, 2)
     os.write(answers, b"ready\n")
     for line in sys.stdin.buffer:  # ends with the parent
-        # Should the parent die in between, the kernel ends this process, be it in a loop in C.
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        # The kernel ends this process at either limit, be it in a loop in C; the second, which is
+        # later than the parent's, is for a parent that died in between.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, WALL * seconds + 1)
         try:
             answer = _equal(*json.loads(line))
         except MemoryError:
             return  # who knows what is left in which state
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
