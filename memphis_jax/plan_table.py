@@ -79,10 +79,16 @@ def _refusal(search: Search) -> str:
     job = search.job
     smallest = min(search.found, key=lambda one: search.found[one].peak)
     said = search.found[smallest]
+    other = next(iter(search.ranking(1)), None)
+    fix = (
+        f"{other} should fit: leave out --as-configured, or give more --compiles"
+        if other
+        else "take a larger slice"
+    )
     return (
         f"NO: {job.where.name} cannot hold {job.phase}: the smallest way tried ({smallest}) needs "
         f"{said.peak / GIB:.2f} GB on a device, {(said.peak - said.limit) / GIB:.2f} GB more than "
-        f"the {said.limit / GIB:.2f} GB that the compiler may use; take a larger slice"
+        f"the {said.limit / GIB:.2f} GB that the compiler may use; {fix}"
     )
 
 

@@ -96,8 +96,22 @@ def test_a_slice_that_cannot_hold_it_gets_a_no_by_how_much() -> None:
     )
     assert (
         "NO: v5e:1x1 cannot hold sft: the smallest way tried (mesh 1x1x1, 128 x 1 rows, remat full)"
-        " needs 32.25 GB on a device, 16.50 GB more than the 15.75 GB that the compiler may use"
+        " needs 32.25 GB on a device, 16.50 GB more than the 15.75 GB that the compiler may use;"
+        " take a larger slice"
     ) in text
+
+
+def test_a_no_to_one_way_names_another_that_should_fit() -> None:
+    """As --as-configured does: one way compiled, of a slice that holds the model otherwise."""
+    job = card_job(name="v5e:4x4")
+    one = job.candidate(MeshConfig(), 4, "none")
+    search = Search(job, told)
+    search.found[one] = told(job, one, 48.3 * GIB)
+    text = plan_table.render(
+        [search], [None], work=plan.Work(10, 10, "assumed"), mfu=0.4, price=None, markdown=False
+    )
+    assert "needs 48.30 GB" in text and "larger slice" not in text
+    assert "may use; mesh 1x16x1, 1 x 8 rows, remat full should fit: leave out" in text
 
 
 def test_the_table_is_what_the_numbers_say() -> None:

@@ -78,7 +78,8 @@ class SymbolicEqual:
             return json.loads(answer)
         self.close()
         self.timeouts += 1
-        return TimeoutError(f"gave up on {a!r} = {b!r} after {self._seconds:g} s of CPU time or out of memory")
+        limits = f"{self._seconds:g} s of CPU time or out of memory"
+        return TimeoutError(f"gave up on {a!r} = {b!r} after {limits}")
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
