@@ -121,6 +121,9 @@ def _compile(config: RunConfig, request: Request) -> Compiled:
     from memphis_jax import train
     from memphis_jax.sharding import make_mesh
 
+    # Kernels carry the file and line that they come from: a checkout elsewhere, or a comment more,
+    # would be another program to the cache.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     where = parse_slice(request.topology)
     devices = slice_devices(where, request.num_slices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
