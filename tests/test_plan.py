@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,11 @@ def test_the_real_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert said.flops > 3 * 2 * 4 * 256 * layers
     # Each device takes in at least the weights in bfloat16, forward and backward, of 3 others.
     assert said.wire > 2 * 2 * layers * 3 / 4
+    # Nor is the same program of a checkout elsewhere, whose lines have moved.
+    shutil.copytree(REPO / "memphis_jax", tmp_path / "other" / "memphis_jax")
+    attention = tmp_path / "other" / "memphis_jax" / "attention.py"
+    attention.write_text("# a line more\n" + attention.read_text())
+    monkeypatch.chdir(tmp_path / "other")
     again = compile_step(config, Request("rank", "v5e:2x2", 1, rows=4, groups=4))
     assert again == said  # its seconds too: the first one's
     assert len(list((tmp_path / "memphis_jax" / "plan").glob("*.json"))) == 1
