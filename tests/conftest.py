@@ -9,11 +9,15 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import signal
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+
+# A job in a script's background ignores Ctrl-C, and so would everything that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from helpers import named_leaves, random_example, random_group, tiny_model
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memphis_jax.config import ComputeConfig, OptimizerConfig, PhaseConfig
 from memphis_jax.data.loader import Batch, rank_loader, sft_loader
@@ -85,8 +84,9 @@ def gradients(phase: str, mesh: Mesh | None) -> dict[str, np.ndarray]:
     compute = jax.jit(partial(loss_and_gradients, **objective(phase, settings, COMPUTE, mesh)))
     frozen = jax.tree.map(lambda _: None, model)
     sums, found = compute(model, frozen, arrays, jax.random.PRNGKey(7))
-    if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(found, tiled=True)
+    if mesh is not None and jax.process_count() > 1:
+        whole = NamedSharding(mesh, PartitionSpec())
+        found = jax.jit(lambda tree: tree, out_shardings=whole)(found)
     names = ("token", "rank_loss") if phase == "rank" else ("token",)
     losses = {f"{name} {part}": np.asarray(sums[name][part]) for name in names for part in (0, 1)}
     return losses | named_leaves(found)
