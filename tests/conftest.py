@@ -36,5 +36,13 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """vLLM's tests keep to one worker and take long: started last, the other one would wait."""
-    items.sort(key=lambda item: "vllm" not in item.keywords)
+    """A file's tests share a worker, which then sets up once what they share.
+
+    vLLM's tests keep to one worker and take longest, so they start first, then the files with slow
+    tests: at the end the other worker would wait for them.
+    """
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: ("vllm" not in item.keywords, item.path not in slow))
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

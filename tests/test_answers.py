@@ -231,7 +231,7 @@ ANSWERS = [
 
 @pytest.fixture(scope="module")
 def equal() -> Iterator[SymbolicEqual]:
-    with SymbolicEqual() as equal:
+    with SymbolicEqual(seconds=60) as equal:  # verdicts, however slow and traced the worker is
         yield equal
 
 
