@@ -189,7 +189,8 @@ def compare(wanted: Path, found: Path, hf: Path) -> Row:
 
 def _samples(path: Path) -> list[Row]:
     """One row per question; gsm8k's two filters share their answers."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open(encoding="utf-8") as file:  # str.splitlines also cuts at U+2028 and the like
+        return [json.loads(line) for line in file]
 
 
 def show(result: Row) -> None:
