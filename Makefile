@@ -27,8 +27,8 @@ RUN := .venv/run-$(TAG)
 DEV := .venv/dev-$(TAG)
 VLLM := .venv-vllm/$(TAG)
 
-# Two workers with one torch thread each; XLA's own pool measured the same either way. A group of
-# tests (vLLM's) keeps to one worker.
+# Two workers with one torch thread each; XLA's own pool measured the same either way. The tests
+# of a file keep to one worker, vLLM's too (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadgroup
 
 .PHONY: demo test check vllm clean

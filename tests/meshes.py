@@ -84,7 +84,7 @@ def gradients(phase: str, mesh: Mesh | None) -> dict[str, np.ndarray]:
     compute = jax.jit(partial(loss_and_gradients, **objective(phase, settings, COMPUTE, mesh)))
     frozen = jax.tree.map(lambda _: None, model)
     sums, found = compute(model, frozen, arrays, jax.random.PRNGKey(7))
-    if mesh is not None and jax.process_count() > 1:
+    if jax.process_count() > 1:
         whole = NamedSharding(mesh, PartitionSpec())
         found = jax.jit(lambda tree: tree, out_shardings=whole)(found)
     names = ("token", "rank_loss") if phase == "rank" else ("token",)

@@ -40,8 +40,10 @@ class SymbolicEqual:
     """
 
     def __init__(self, seconds: float = 5.0, memory: int = 2**30):
-        """Limits for one comparison: CPU time of the worker (and WALL times that on the clock,
-        should it hang), and bytes of its address space."""
+        """Limits for one comparison: CPU seconds of the worker, and bytes of its address space.
+
+        Should it hang, WALL times the seconds on the clock end it.
+        """
         self.timeouts = 0
         self._seconds, self._memory = seconds, memory
         self._known: dict[tuple[str, str], bool | TimeoutError | None] = {}
