@@ -9,6 +9,7 @@ BENCHMARKS = {
     "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
     "stages": "seconds of each kind of stage of finished recipes, side by side",
     "merge": "merging two models, beside mergekit on the same files",
+    "page": "docs/performance.md, from the results in docs/performance/",
     "grading": "gold answers against themselves and each other; time per 100,000 gradings",
 }
 

@@ -1,0 +1,56 @@
+"""docs/performance.md from docs/performance/: every NAME.json, and NAME.md beneath it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import REPO, RESULTS
+
+# The order of the page.
+NAMES = ("train", "rank", "memory", "sampler", "convert", "merge", "startup", "demo", "scaling", "gpu")
+HEAD = """# Performance
+
+Every figure on this page was printed by the command above its table, peers side by side in one run, in turns: medians
+(least-most). The page is made of [performance/](performance) by `python -m benchmarks page`; the text beneath a table says
+what was found by profiling and what was tried. Where we lose, the table says so.
+"""
+
+
+def main(argv: list[str]) -> None:
+    (REPO / "docs" / "performance.md").write_text(page(RESULTS))
+
+
+def page(folder: Path) -> str:
+    """The whole page; benchmarks without a result are named at its end."""
+    parts, absent = [HEAD], []
+    for name in NAMES:
+        if (folder / f"{name}.json").is_file():
+            parts.append(section(json.loads((folder / f"{name}.json").read_text())))
+        else:
+            absent.append(name)
+        if (folder / f"{name}.md").is_file():
+            parts.append((folder / f"{name}.md").read_text())
+    if absent:
+        parts.append(f"Never run here: {', '.join(absent)}.\n")
+    return "\n".join(parts)
+
+
+def section(result: dict[str, Any]) -> str:
+    at = result["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in at["versions"].items() if v != "not installed")
+    lines = [
+        f"## {result['about']}",
+        "",
+        f"    {result['command']}",
+        "",
+        f"{at['processor']}, {at['cores']} cores, {at['memory_gb']} GB, load {at['load_at_start']} at start; "
+        f"{versions}; commit {at['commit']}, {at['date']}.",
+    ]
+    for table in result["tables"]:
+        lines += ["", f"**{table['title']}**", ""]
+        lines.append("| " + " | ".join(table["columns"]) + " |")
+        lines.append("|---" + "|---:" * (len(table["columns"]) - 1) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in table["rows"]]
+        if table["note"]:
+            lines += ["", table["note"]]
+    return "\n".join(lines) + "\n"
