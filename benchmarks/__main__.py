@@ -8,7 +8,10 @@ BENCHMARKS = {
     "eval": "engines of `memphis eval` side by side: agreement and wall time",
     "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
     "stages": "seconds of each kind of stage of finished recipes, side by side",
+    "convert": "conversion both ways, beside a plain copy; orbax save and restore",
     "merge": "merging two models, beside mergekit on the same files",
+    "gpu": "the 3B on one GPU: steps, MFU, memory, sampling, beside torch + flash attention",
+    "memory": "chunked logprobs against full logits, optimizer state, what fits",
     "page": "docs/performance.md, from the results in docs/performance/",
     "grading": "gold answers against themselves and each other; time per 100,000 gradings",
 }

@@ -1,0 +1,190 @@
+"""The 3B on one GPU: SFT step at 4096, rank step at 1024, sampling; beside torch + flash attention.
+
+Every measurement is a process of its own: a batch that does not fit must not spoil the next one.
+Micro-batches are doubled until one does not fit; the fastest of each engine is then measured again,
+in turns. --log keeps every process's figures and is read again: a run that was cut off goes on.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_case import SEQ_LEN, Case
+from benchmarks.harness import (
+    REPO,
+    Served,
+    finish,
+    machine,
+    parser,
+    ratio,
+    spread,
+    table,
+    take_turns,
+)
+from memphis_jax.plan_cost import model_flops
+
+ABOUT = "GPU: the 3B, bfloat16 compute"
+INSTALL = "pip install 'memphis-jax[cuda12]' on a machine with one, or --tiny to try the script"
+ENGINES = {
+    f"JAX, attention {attention}, remat {remat}": Case("jax", attention=attention, remat=remat)
+    for attention in ("auto", "xla")
+    for remat in ("full", "attention")
+} | {
+    "torch + flash": Case("torch"),
+    "torch + flash, compiled": Case("torch compiled"),
+}
+SAMPLERS = {"JAX sampler": Case("jax"), "transformers generate": Case("torch")}
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SEQUENCES = 128
+# Dense bfloat16 FLOP/s by JAX's name of the card. https://www.nvidia.com/en-us/data-center/h100/
+# and its A100 and H200 pages, which print twice that, with sparsity.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+}
+Figures = dict[str, Any]  # of a process: speed, peak_bytes, device; or error
+
+
+def main(argv: list[str]) -> None:
+    add = (options := parser("gpu", __doc__, repeats=3)).add_argument
+    add("--tiny", action="store_true", help="the same on a CPU with a tiny model: a rehearsal")
+    add("--log", type=Path, default=REPO / "runs" / "gpu.jsonl", help="figures of every process")
+    args = options.parse_args(argv)
+    before, log = machine(), Log(args.log, args.tiny)
+    ceiling = log.measure(Case("ceiling"))
+    if "error" in ceiling:
+        print(f"benchmarks gpu: {ceiling['error']}; {INSTALL}", file=sys.stderr)
+        sys.exit(2)
+    tables = []
+    for phase in SEQ_LEN:
+        found = {name: search(log, case._replace(phase=phase)) for name, case in ENGINES.items()}
+        best = {name: case for name, tried in found.items() if (case := fastest(tried))}
+        speeds = log.turns(best, args.repeats)
+        tables.append(step_table(phase, best, speeds, log, ceiling))
+        tables.append(search_table(phase, found))
+    rows = 4 if args.tiny else SEQUENCES
+    cases = {name: case._replace(phase="sample", rows=rows) for name, case in SAMPLERS.items()}
+    tables.append(sample_table(cases, log, args.repeats))
+    before["versions"]["gpu"] = ceiling["device"]
+    finish(args, "gpu", ABOUT, before, tables, ceiling_flops=ceiling["speed"])
+
+
+class Log:
+    """Figures by (commit, case, turn), kept in a file of JSON lines; what is there is not run."""
+
+    def __init__(self, path: Path, tiny: bool):
+        self._path, self.tiny, self._commit = path, tiny, machine()["commit"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._kept = {line["key"]: line["figures"] for line in map(json.loads, lines)}
+
+    def measure(self, case: Case, turn: int = 0) -> Figures:
+        case = case._replace(tiny=self.tiny)
+        key = json.dumps([self._commit, *case, turn])
+        if key not in self._kept:
+            self._kept[key] = run(case)
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": key, "figures": self._kept[key]}) + "\n")
+            print(*case, self._kept[key], file=sys.stderr, flush=True)
+        return self._kept[key]
+
+    def turns(self, cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
+        """{name: the speeds of `repeats` processes}, in turns; none where the first one failed."""
+        sound = {n: c for n, c in cases.items() if "error" not in self.measure(c)}
+        calls = {
+            name: partial(self._next, case, iter(range(repeats))) for name, case in sound.items()
+        }
+        return take_turns(calls, repeats)
+
+    def _next(self, case: Case, numbers: Iterator[int]) -> float:
+        return float(self.measure(case, next(numbers)).get("speed", "nan"))
+
+
+def run(case: Case) -> Figures:
+    """The figures of one process."""
+    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    if case.tiny:
+        env["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, "-m", "benchmarks.gpu_worker", json.dumps(case)]
+    try:
+        with Served(command, env) as worker:
+            return worker.ready if "error" in worker.ready else worker.ready | {"speed": worker()}
+    except RuntimeError as error:  # it was killed
+        return {"error": str(error)[-100:]}
+
+
+def search(log: Log, case: Case) -> dict[Case, Figures]:
+    """Micro-batches, doubled until one fails."""
+    tried: dict[Case, Figures] = {}
+    for rows in MICRO_BATCHES[: 1 if log.tiny else None]:
+        one = case._replace(rows=rows)
+        tried[one] = log.measure(one)
+        if "error" in tried[one]:
+            break
+    return tried
+
+
+def fastest(tried: dict[Case, Figures]) -> Case | None:
+    return max(
+        (c for c in tried if "speed" in tried[c]), key=lambda c: tried[c]["speed"], default=None
+    )
+
+
+def step_table(
+    phase: str, best: dict[str, Case], speeds: dict[str, list[float]], log: Log, ceiling: Figures
+) -> dict[str, Any]:
+    """A row per engine at its fastest micro-batch."""
+    torch = max((v for k, v in speeds.items() if "torch" in k), key=statistics.median, default=None)
+    peak, rows = PEAKS.get(ceiling["device"]), []
+    for name, values in speeds.items():
+        case = best[name]._replace(tiny=log.tiny)
+        flops = model_flops(case.model, case.seq_len, frozen_head=True) * statistics.median(values)
+        rows.append(
+            (
+                name,
+                f"{case.tokens // case.seq_len} x {case.seq_len}",
+                spread(values),
+                ratio(values, torch) if torch else "-",
+                f"{flops / peak:.1%}" if peak else "-",
+                f"{flops / ceiling['speed']:.1%}",
+                gigabytes(log.measure(best[name])),
+            )
+        )
+    columns = ("engine", "rows", "tokens/s", "x torch", "MFU", "of matmul ceiling", "peak GB")
+    note = f"Ceiling: {ceiling['speed'] / 1e12:,.1f} TFLOP/s, bfloat16 8192^3; datasheet: " + (
+        f"{peak / 1e12:,.1f}." if peak else f"not known for {ceiling['device']}."
+    )
+    return table(f"{phase} step", columns, rows, note)
+
+
+def gigabytes(figures: Figures) -> str:
+    return f"{figures['peak_bytes'] / 1e9:.1f}" if figures["peak_bytes"] else "-"
+
+
+def search_table(phase: str, found: dict[str, dict[Case, Figures]]) -> dict[str, Any]:
+    """Everything that was tried, and why it ended."""
+    rows = []
+    for name, tried in found.items():
+        for case, one in tried.items():
+            speed = one.get("error") or f"{one['speed']:,.0f}"
+            memory = "" if "error" in one else gigabytes(one)
+            rows.append((name, f"{case.tokens:,}", speed, memory))
+    return table(f"{phase} step: micro-batches", ("engine", "tokens", "tokens/s", "peak GB"), rows)
+
+
+def sample_table(cases: dict[str, Case], log: Log, repeats: int) -> dict[str, Any]:
+    speeds, rows = log.turns(cases, repeats), []
+    for name, case in cases.items():
+        figures = log.measure(case)
+        values = speeds.get(name)
+        cells = (spread(values), gigabytes(figures)) if values else (figures["error"], "")
+        rows.append((name, str(case.rows), *cells))
+    columns = ("sampling, bfloat16", "sequences", "tokens/s", "peak GB")
+    return table("Sampling: random weights, prompts of 64, 256 new tokens", columns, rows)
