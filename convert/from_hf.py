@@ -1,11 +1,12 @@
 """HF folder -> checkpoint folder (see `memphis_jax.checkpoint`), or straight to a model.
 
-The bits and the dtype of the source are kept. The checkpoint is written leaf by leaf: memory holds
-one stacked leaf (of the 3B: the 1.1 GB of 32 bfloat16 `up_proj`) and one tensor, not the model.
+The bits and the dtype of the source are kept. A stacked kernel is written layer by layer, each a
+chunk of the checkpoint: memory holds two of the largest tensors, never a whole stack.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint import type_handlers
 
-from convert.hf_folder import DTYPES, Progress, Stored, bits, open_folder, published
+from convert.hf_folder import DTYPES, Progress, Stored, open_folder, published
 from convert.mapping import Place, by_leaf, places, transpose_into
+from convert.raw import block_buffer, blocks, in_order, threads, transposed_block, write
+from convert.weights import chunk_file, is_raw
 from memphis_jax.checkpoint import copy_tokenizer, read_meta
 from memphis_jax.model import StableLM, unflatten
 
@@ -70,11 +74,10 @@ def stack(table: dict[str, Place], stored: dict[str, Stored]) -> np.ndarray:
     dtype, shape = _leaf_kind(table, stored)
     out = np.empty(shape, f"u{dtype.itemsize}")
     for name, place in table.items():
-        value = bits(stored[name].read())
         if place.transposed:
-            transpose_into(out[place.index], value)
+            transpose_into(out[place.index], stored[name].read())
         else:
-            out[place.index] = value
+            out[place.index] = stored[name].read()
     return out.view(dtype)
 
 
@@ -94,24 +97,78 @@ def _leaf_kind(table: dict[str, Place], stored: dict[str, Stored]) -> tuple[np.d
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """Stands for an array in the tree given to orbax, which asks for `load()` when it writes it."""
+    """Stands for an array in the tree given to orbax."""
 
-    load: Callable[[], np.ndarray]
+    table: dict[str, Place]
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:  # orbax asks
+        return int(np.prod(self.shape))
+
+    @property
+    def chunks(self) -> list[list[tuple[str, Place]]]:
+        """The tensors of each chunk: one layer of a stacked kernel, or all."""
+        tensors = list(self.table.items())
+        return [[one] for one in tensors] if tensors[0][1].transposed else [tensors]
 
 
-class _OneLeafAtATime(type_handlers.NumpyHandler):
-    """Orbax's handler of numpy arrays, fed with one array after another instead of all at once."""
+class _LeavesAsFiles(type_handlers.NumpyHandler):
+    """Orbax's handler of numpy arrays: orbax makes their metadata, and the chunks are ours.
+
+    `_open_and_write` is orbax's own; a test restores what was written here by orbax itself.
+    """
+
+    def __init__(self, stored: dict[str, Stored], progress: Progress):
+        super().__init__(deepcopy_host_arrays=False)
+        self._stored, self._progress = stored, progress
+        self._opened: list[tuple[_Leaf, Any]] = []
+
+    async def _open_and_write(
+        self, value: Any, tspec: dict[str, Any], ts_context: tensorstore.Context
+    ) -> None:
+        rows = value.shape[0] // len(value.chunks)
+        tspec["metadata"]["chunks"] = (rows, *value.shape[1:])
+        spec = tensorstore.Spec(tspec)
+        store = await tensorstore.open(spec, create=True, open=True, context=ts_context)
+        assert is_raw(store), tspec
+        self._opened.append((value, store))
 
     async def serialize(
         self,
-        values: Sequence[_Leaf],
+        values: Sequence[Any],
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> list[ocp.future.Future]:
-        for leaf, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
-            for write in await super().serialize([leaf.load()], [info], arg and [arg]):
-                write.result()
+        for opening in await super().serialize(values, infos, args):
+            opening.result()
+        self._write()
         return []  # nothing is left to wait for
+
+    def _write(self) -> None:
+        jobs = []
+        for leaf, store in self._opened:
+            size = leaf.dtype.itemsize * leaf.size // len(leaf.chunks)
+            for row, tensors in enumerate(leaf.chunks):
+                jobs.append((size, partial(self._write_chunk, tensors, chunk_file(store, row)[0])))
+        jobs.sort(key=lambda job: -job[0])  # the largest alone at the end would be waited for
+        with threads() as pool:
+            for done, _ in enumerate(in_order(pool, jobs, 2 * jobs[0][0])):
+                self._progress(done, len(jobs))
+        self._progress(len(jobs), len(jobs))
+
+    def _write_chunk(self, tensors: list[tuple[str, Place]], path: Path) -> None:
+        with open(path, "xb", buffering=0) as file:
+            for name, place in tensors:
+                value = self._stored[name].read()
+                if place.transposed:
+                    buffer = block_buffer(value)
+                    for columns in blocks(value):
+                        write(file, transposed_block(value, columns, buffer))
+                else:
+                    write(file, value)
+            os.fsync(file.fileno())
 
 
 def _save(
@@ -121,24 +178,16 @@ def _save(
     meta: dict[str, Any],
     progress: Progress,
 ) -> None:
-    done = 0
-
-    def load(table: dict[str, Place]) -> np.ndarray:
-        nonlocal done
-        progress(done, len(leaves))
-        done += 1
-        return stack(table, stored)
-
-    handler = _OneLeafAtATime(deepcopy_host_arrays=False)
-    registry = type_handlers.create_type_handler_registry((_Leaf, handler))
-    # Weights hardly compress; without compression, writes need no second copy and are faster.
-    params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    registry = type_handlers.create_type_handler_registry((_Leaf, _LeavesAsFiles(stored, progress)))
+    # Not OCDBT: its chunks lie in shared files, which nobody else can read or write.
+    params = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False, use_ocdbt=False
+    )
     items = {"params": params, "meta": ocp.JsonCheckpointHandler()}
     # Not asynchronous: the handler above waits for its writes.
     options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
-    tree = {leaf: _Leaf(partial(load, table)) for leaf, table in leaves.items()}
+    tree = {leaf: _Leaf(table, *_leaf_kind(table, stored)) for leaf, table in leaves.items()}
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
     manager = ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=items)
     with manager:
         manager.save(0, args=args)
-    progress(len(leaves), len(leaves))

@@ -1,9 +1,9 @@
 """Checkpoint folder -> HF folder that transformers and vLLM load, with a certificate.
 
-Tensors are streamed: memory holds the part of one stacked leaf whose layers share chunks of the
-checkpoint, never the model. Several processes (`convert.hosts`) divide the tensors by bytes, each
-writes files of its own. The folder is written beside the target and published by rename, so a
-reader sees all of it or nothing.
+Tensors are streamed: memory holds one at a time or, of a checkpoint that a training wrote, the part
+of one stacked leaf whose layers share chunks, never the model. Several processes
+(`convert.hosts`) divide the tensors by bytes, each writes files of its own. The folder is written
+beside the target and published by rename, so a reader sees all of it or nothing.
 
 conversion.json, the certificate, is the same from any number of processes but for "files":
     format    1
@@ -16,16 +16,15 @@ conversion.json, the certificate, is the same from any number of processes but f
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ from convert.hf_folder import DTYPES, INDEX, ConvertError, Progress, partial_of,
 from convert.hosts import ALONE, Hosts, Team, team_of
 from convert.mapping import Place
 from convert.plan import Plan, divide, make_plan
+from convert.raw import in_order, threads
+from convert.shard import new_shard
 from convert.weights import CODES, Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import TOKENIZER_FILES
 
@@ -103,7 +104,11 @@ def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes
 
 def describe(value: np.ndarray, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """What the certificate says about a tensor; `value` is contiguous, of any type of that size."""
-    return {"dtype": dtype, "shape": list(shape), "sha256": hashlib.sha256(value.data).hexdigest()}
+    return _description(dtype, shape, hashlib.sha256(value.data).hexdigest())
+
+
+def _description(dtype: str, shape: tuple[int, ...], sha256: str) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "sha256": sha256}
 
 
 def hash_files(folder: Path, names: list[str] | None = None) -> dict[str, str]:
@@ -197,48 +202,26 @@ def _write_part(
     """Writes the files of one process and hashes `source_files`, for the certificate."""
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
-    mine = {name: place for name, place in plan.table.items() if plan.owners[name] == process}
-    values = _values(source, mine, plan.kinds)
-    for file, members in plan.files.items():
-        if plan.owners[members[0]] != process:
-            continue
-        shapes = {n: (plan.kinds[mine[n].leaf].name, mine[n].shape) for n in members}
-        header = safetensors_header(shapes)
-        digest = hashlib.sha256(header)
-        with open(folder / file, "xb") as out:
-            out.write(header)
-            for name in members:
-                tick(len(tensors))
-                value = next(values)
-                out.write(value.data)
-                digest.update(value.data)
-                tensors[name] = describe(value, *shapes[name])
-                del value  # before the next is read
-            files[file] = {"sha256": digest.hexdigest(), "size": out.tell()}
     hashes: dict[str, str] = {}
-    for name in source_files:
-        tick(len(tensors))
-        hashes |= hash_files(source.step_folder, [name])
+    mine = {name: place for name, place in plan.table.items() if plan.owners[name] == process}
+    values = source.tensors(mine, plan.kinds)
+    with threads() as pool:
+        for file, members in plan.files.items():
+            if plan.owners[members[0]] != process:
+                continue
+            shapes = {n: (plan.kinds[mine[n].leaf].name, mine[n].shape) for n in members}
+            with new_shard(folder / file, safetensors_header(shapes), pool) as shard:
+                for name in members:
+                    tick(len(tensors))
+                    value, transposed = next(values)
+                    tensors[name] = _description(*shapes[name], shard.add(value, transposed))
+                    del value  # before the next is read
+                files[file] = shard.close()
+        jobs = ((1, partial(hash_files, source.step_folder, [name])) for name in source_files)
+        for hashed in in_order(pool, jobs, 2 * (os.cpu_count() or 1)):
+            tick(len(tensors))
+            hashes |= hashed
     return {"tensors": tensors, "files": files, "source_files": hashes}
-
-
-def _values(
-    source: Checkpoint, table: dict[str, Place], kinds: dict[str, np.dtype]
-) -> Iterator[np.ndarray]:
-    """The bits of the tensors in the order of `table`; those that share chunks are read at once."""
-    chunk_rows = functools.cache(source.chunk_rows)
-
-    def chunks(place: Place) -> tuple[str, int]:
-        return place.leaf, place.index[0] // chunk_rows(place.leaf) if place.index else 0
-
-    for (leaf, _), group in groupby(table.values(), chunks):
-        members = list(group)
-        first, last = members[0].index, members[-1].index
-        rows = range(first[0], last[0] + 1) if first else None
-        read = source.read(leaf, kinds[leaf], members[0].transposed, rows)
-        for place in members:
-            yield read[place.index[0] - first[0], *place.index[1:]] if first else read
-        del read  # before the next is read
 
 
 def _check_shared(folder: Path, token: str, seconds: float) -> None:

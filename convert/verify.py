@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, bits, open_folder, read_json
+from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, open_folder, read_json
 from convert.mapping import by_leaf, places
 from convert.to_hf import CERTIFICATE, describe, hash_files, hash_folder
 from convert.weights import Checkpoint, open_checkpoint
@@ -76,8 +76,8 @@ def _compare_tensors(
         for name, place in table.items():
             progress(len(found), len(stored))
             theirs, ours = stored[name].read(), array[place.index]
-            verdict.differences += _differing_values(name, theirs, ours)
-            found[name] = describe(bits(theirs), dtype.name, place.shape)
+            verdict.differences += _differing_values(name, theirs, ours, dtype)
+            found[name] = describe(theirs, dtype.name, place.shape)
         del array  # before the next is read
     progress(len(found), len(stored))
     verdict.compared = len(found)
@@ -85,12 +85,15 @@ def _compare_tensors(
     return found
 
 
-def _differing_values(name: str, theirs: np.ndarray, ours: np.ndarray) -> list[str]:
-    where = bits(theirs) != ours
+def _differing_values(
+    name: str, theirs: np.ndarray, ours: np.ndarray, dtype: np.dtype
+) -> list[str]:
+    """Both as bits."""
+    where = theirs != ours
     count = int(where.sum())
     if not count:
         return []
-    a, b = (x[where].astype(np.float64) for x in (theirs, ours.view(theirs.dtype)))
+    a, b = (x.view(dtype)[where].astype(np.float64) for x in (theirs, ours))
     largest = float(np.abs(a - b).max())
     return [f"{name}: {count} of {where.size} values differ, at most by {largest:.3g}"]
 

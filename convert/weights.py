@@ -1,9 +1,11 @@
 """The weights of a checkpoint, read from orbax's files piece by piece.
 
-orbax cuts a leaf into chunks, the shards of the mesh that saved it, and each is decoded as a whole.
-Reading goes chunk by chunk and keeps only what was asked for.
+A leaf is cut into chunks. Those of `from_hf` are files of plain bytes, one for each layer, and are
+read block by block. Those of a training are the shards of the mesh that saved it, compressed, and
+are decoded as a whole: reading goes chunk by chunk and keeps only what was asked for.
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +18,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from convert.hf_folder import DTYPES, ConvertError, bits
-from convert.mapping import transpose_into
+from convert.mapping import Place, transpose_into
+from convert.raw import mapped
 from memphis_jax.checkpoint import latest_step, read_meta
 from memphis_jax.config import ModelConfig, build
 from memphis_jax.model import abstract, flatten
@@ -48,7 +51,7 @@ class Checkpoint:
         Rounded to nearest even where `dtype` is narrower than the saved one; the last two axes
         swapped if `transposed`. Memory holds the result and one chunk, or 32 MiB of smaller ones.
         """
-        store = self._open(leaf)
+        store = self.open(leaf)
         rows = rows or range(store.shape[0])
         shape = (len(rows), *store.shape[1:])
         out = np.empty((*shape[:-2], *shape[:-3:-1]) if transposed else shape, f"u{dtype.itemsize}")
@@ -65,13 +68,44 @@ class Checkpoint:
             del value, part  # before the next arrives
         return out
 
-    def chunk_rows(self, leaf: str) -> int:
-        """How many rows of a leaf's first axis share a chunk."""
-        return self._open(leaf).chunk_layout.read_chunk.shape[0]
+    def tensors(
+        self, table: dict[str, Place], kinds: dict[str, np.dtype]
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        """(bits, transposed still?) of HF tensors in the order of `table`, in dtypes of `kinds`.
 
-    def _open(self, leaf: str) -> Any:
-        base = (self.step_folder / "params").as_uri() + "/"
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{leaf}/"}
+        What a chunk of plain bytes holds is mapped as it lies in it. Otherwise those that share
+        chunks are read at once, transposed by then; the caller lets go of one before the next.
+        """
+        stores = functools.cache(self.open)
+
+        def chunk(place: Place) -> tuple[str, int]:
+            rows = stores(place.leaf).chunk_layout.read_chunk.shape[0]
+            return place.leaf, place.index[0] // rows if place.index else 0
+
+        for (leaf, _), group in itertools.groupby(table.values(), chunk):
+            members, store, dtype = list(group), stores(leaf), kinds[leaf]
+            first, last = members[0].index, members[-1].index
+            if store.dtype.numpy_dtype == dtype and is_raw(store):
+                path, rows = chunk_file(store, first[0] if first else 0)
+                whole = mapped(path, 0, (rows, *store.shape[1:]), f"u{dtype.itemsize}")
+                for place in members:
+                    at = (place.index[0] % rows, *place.index[1:]) if first else ()
+                    yield whole[at], place.transposed
+                del whole
+                continue
+            asked = range(first[0], last[0] + 1) if first else None
+            read = self.read(leaf, dtype, members[0].transposed, asked)
+            for place in members:
+                at = (place.index[0] - first[0], *place.index[1:]) if first else ()
+                yield read[at], False
+            del read  # before the next is read
+
+    def open(self, leaf: str) -> Any:
+        """The leaf's TensorStore."""
+        params = self.step_folder / "params"
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{params / leaf}/"}
+        if (params / "manifest.ocdbt").is_file():
+            kvstore = {"driver": "ocdbt", "base": params.as_uri() + "/", "path": f"{leaf}/"}
         return tensorstore.open({"driver": "auto", "kvstore": kvstore}, read=True).result()
 
 
@@ -99,6 +133,26 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     if problems:
         raise ConvertError(f"{folder} step {step} does not fit its config: {'; '.join(problems)}")
     return Checkpoint(folder, step, config, {leaf: np.dtype(saved[leaf].dtype) for leaf in wanted})
+
+
+def is_raw(store: Any) -> bool:
+    """Whether the chunks of a leaf are files of its bytes, each of whole rows of the first axis."""
+    spec = store.spec(retain_context=False).to_json()
+    metadata = spec.get("metadata", {})
+    return (
+        (spec["driver"], spec["kvstore"]["driver"]) == ("zarr", "file")
+        and not (metadata.get("compressor") or metadata.get("filters"))
+        and metadata["order"] == "C"
+        and tuple(metadata["chunks"][1:]) == store.shape[1:]
+        and (len(store.shape) != 2 or metadata["chunks"][0] == store.shape[0])  # a matrix is whole
+    )
+
+
+def chunk_file(store: Any, row: int) -> tuple[Path, int]:
+    """(file, rows in it) of the chunk that holds a row of the first axis of a raw leaf."""
+    rows = store.chunk_layout.read_chunk.shape[0]
+    name = ".".join(map(str, (row // rows, *(0 for _ in store.shape[1:]))))
+    return Path(store.kvstore.path) / name, rows
 
 
 def _boxes(store: Any, rows: range) -> Iterator[Box]:
