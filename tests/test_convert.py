@@ -289,7 +289,8 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_is_bounded_by_two_stacked_leaves(tmp_path):
+def test_memory_is_bounded_by_two_tensors(tmp_path):
+    """Not by a stacked leaf: beside two of the largest tensors there is less than such a stack."""
     config = ModelConfig(
         vocab_size=2048,
         hidden_size=1024,
@@ -304,9 +305,10 @@ def test_memory_is_bounded_by_two_stacked_leaves(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_hf()))
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     whole = sum(array.nbytes for array in tensors.values())
-    largest = 4 * max(leaf.size for leaf in flatten(abstract(config)).values())
-    bound = 2 * largest + 64 * 2**20
-    assert whole > 400e6 and bound < 0.65 * whole
+    largest = max(array.nbytes for array in tensors.values())
+    stacked = 4 * max(leaf.size for leaf in flatten(abstract(config)).values())
+    bound = 2 * largest + 64e6
+    assert whole > 400e6 and bound < stacked
     for direction, source, target in (("from_hf", "hf", "ckpt"), ("to_hf", "ckpt", "back")):
         command = [sys.executable, "-c", PEAK, direction, tmp_path / source, tmp_path / target]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -316,7 +318,7 @@ def test_memory_is_bounded_by_two_stacked_leaves(tmp_path):
         assert done.returncode == 0, done.stderr
         print(
             f"{direction}: {int(done.stdout) / 1e6:.0f} MB; whole {whole / 1e6:.0f} MB, "
-            f"largest leaf {largest / 1e6:.0f} MB"
+            f"largest tensor {largest / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB"
         )
         assert int(done.stdout) < bound, direction
     assert_same_bits(read_folder(tmp_path / "back"), tensors)

@@ -1,0 +1,70 @@
+"""How a checkpoint's leaves lie on the disk: as from-hf writes them, and as others did."""
+
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers import assert_same_bits
+from jax.sharding import AxisType
+from reference_models import SMALL, make_hf, read_folder
+
+from convert import load_hf
+from convert.from_hf import from_hf
+from convert.raw import block_buffer, blocks, mapped, transposed_block
+from convert.to_hf import to_hf
+from convert.verify import verify
+from memphis_jax.checkpoint import restore_model
+from memphis_jax.model import flatten
+
+WHOLE = {"qk_layernorm": True, "use_qkv_bias": True, "num_key_value_heads": 2}
+
+
+def test_a_layer_is_a_chunk_and_any_mesh_restores_the_bits(tmp_path):
+    make_hf(tmp_path / "hf", "bfloat16", **WHOLE)
+    from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    params = tmp_path / "ckpt" / "checkpoints" / "0" / "params"
+    layers = SMALL["num_hidden_layers"]
+    chunks = [path.name for path in (params / "layers/mlp/up_proj/kernel").glob("[0-9]*")]
+    assert sorted(chunks) == [f"{layer}.0.0" for layer in range(layers)]
+    expected = flatten(load_hf(tmp_path / "hf", "bfloat16"))
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    for where in (None, mesh):
+        restored, _ = restore_model(tmp_path / "ckpt", "bfloat16", where)
+        assert_same_bits(
+            *({n: np.asarray(a) for n, a in x.items()} for x in (flatten(restored), expected))
+        )
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_checkpoints_of_every_kind_are_exported(ocdbt, compressed, tmp_path):
+    """Whole leaves in OCDBT, uncompressed, is what earlier versions of from-hf wrote."""
+    make_hf(tmp_path / "hf", "bfloat16", **WHOLE)
+    from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    arrays = {n: np.asarray(a) for n, a in flatten(load_hf(tmp_path / "hf", "bfloat16")).items()}
+    params = tmp_path / "ckpt" / "checkpoints" / "0" / "params"
+    shutil.rmtree(params)
+    with ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_compression=compressed)
+    ) as checkpointer:
+        checkpointer.save(params, arrays)
+    to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert_same_bits(read_folder(tmp_path / "back"), read_folder(tmp_path / "hf"))
+    assert verify(tmp_path / "back", tmp_path / "ckpt").differences == []
+
+
+def test_matrices_of_several_blocks_and_a_rest(tmp_path):
+    """Blocks of the transposition end amid a matrix, in both directions and at both widths."""
+    rng = np.random.default_rng(0)
+    for dtype in ("u2", "u4"):
+        value = rng.integers(0, 2**16, (9001, 517), dtype)
+        value.tofile(tmp_path / "file")
+        matrix = mapped(tmp_path / "file", 0, value.shape, dtype)
+        buffer = block_buffer(matrix)
+        assert len(blocks(matrix)) > 2
+        parts = [transposed_block(matrix, part, buffer).copy() for part in blocks(matrix)]
+        np.testing.assert_array_equal(np.concatenate(parts), value.T)
+    with pytest.raises(OSError, match="ends before byte"):
+        mapped(tmp_path / "file", 8, value.shape, dtype)
