@@ -57,20 +57,21 @@ def main(argv: list[str]) -> None:
     add("--tiny", action="store_true", help="the same on a CPU with a tiny model: a rehearsal")
     add("--log", type=Path, default=REPO / "runs" / "gpu.jsonl", help="figures of every process")
     args = options.parse_args(argv)
-    before, log = machine(), Log(args.log, args.tiny)
-    ceiling = log.measure(Case("ceiling"))
+    before, log = machine(), Log(args.log)
+    ceiling = log.measure(Case("ceiling", tiny=args.tiny))
     if "error" in ceiling:
         print(f"benchmarks gpu: {ceiling['error']}; {INSTALL}", file=sys.stderr)
         sys.exit(2)
     tables = []
     for phase in SEQ_LEN:
-        found = {name: search(log, case._replace(phase=phase)) for name, case in ENGINES.items()}
+        cases = {n: c._replace(phase=phase, tiny=args.tiny) for n, c in ENGINES.items()}
+        found = {name: search(log, case) for name, case in cases.items()}
         best = {name: case for name, tried in found.items() if (case := fastest(tried))}
         speeds = log.turns(best, args.repeats)
         tables.append(step_table(phase, best, speeds, log, ceiling))
         tables.append(search_table(phase, found))
-    rows = 4 if args.tiny else SEQUENCES
-    cases = {name: case._replace(phase="sample", rows=rows) for name, case in SAMPLERS.items()}
+    sampled = {"phase": "sample", "rows": 4 if args.tiny else SEQUENCES, "tiny": args.tiny}
+    cases = {name: case._replace(**sampled) for name, case in SAMPLERS.items()}
     tables.append(sample_table(cases, log, args.repeats))
     before["versions"]["gpu"] = ceiling["device"]
     finish(args, "gpu", ABOUT, before, tables, ceiling_flops=ceiling["speed"])
@@ -79,21 +80,23 @@ def main(argv: list[str]) -> None:
 class Log:
     """Figures by (commit, case, turn), kept in a file of JSON lines; what is there is not run."""
 
-    def __init__(self, path: Path, tiny: bool):
-        self._path, self.tiny, self._commit = path, tiny, machine()["commit"]
+    def __init__(self, path: Path):
+        self._path, self._commit = path, machine()["commit"]
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         self._kept = {line["key"]: line["figures"] for line in map(json.loads, lines)}
 
     def measure(self, case: Case, turn: int = 0) -> Figures:
-        case = case._replace(tiny=self.tiny)
-        key = json.dumps([self._commit, *case, turn])
+        key = self.key(case, turn)
         if key not in self._kept:
             self._kept[key] = run(case)
             with self._path.open("a") as file:
                 file.write(json.dumps({"key": key, "figures": self._kept[key]}) + "\n")
             print(*case, self._kept[key], file=sys.stderr, flush=True)
         return self._kept[key]
+
+    def key(self, case: Case, turn: int) -> str:
+        return json.dumps([self._commit, *case, turn])
 
     def turns(self, cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
         """{name: the speeds of `repeats` processes}, in turns; none where the first one failed."""
@@ -123,7 +126,7 @@ def run(case: Case) -> Figures:
 def search(log: Log, case: Case) -> dict[Case, Figures]:
     """Micro-batches, doubled until one fails."""
     tried: dict[Case, Figures] = {}
-    for rows in MICRO_BATCHES[: 1 if log.tiny else None]:
+    for rows in MICRO_BATCHES[: 1 if case.tiny else None]:
         one = case._replace(rows=rows)
         tried[one] = log.measure(one)
         if "error" in tried[one]:
@@ -144,7 +147,7 @@ def step_table(
     torch = max((v for k, v in speeds.items() if "torch" in k), key=statistics.median, default=None)
     peak, rows = PEAKS.get(ceiling["device"]), []
     for name, values in speeds.items():
-        case = best[name]._replace(tiny=log.tiny)
+        case = best[name]
         flops = model_flops(case.model, case.seq_len, frozen_head=True) * statistics.median(values)
         rows.append(
             (
@@ -154,13 +157,13 @@ def step_table(
                 ratio(values, torch) if torch else "-",
                 f"{flops / peak:.1%}" if peak else "-",
                 f"{flops / ceiling['speed']:.1%}",
-                gigabytes(log.measure(best[name])),
+                gigabytes(log.measure(case)),
             )
         )
     columns = ("engine", "rows", "tokens/s", "x torch", "MFU", "of matmul ceiling", "peak GB")
-    note = f"Ceiling: {ceiling['speed'] / 1e12:,.1f} TFLOP/s, bfloat16 8192^3; datasheet: " + (
-        f"{peak / 1e12:,.1f}." if peak else f"not known for {ceiling['device']}."
-    )
+    known = f"{peak / 1e12:,.1f}" if peak else f"not known for {ceiling['device']}"
+    measured = f"{ceiling['speed'] / 1e12:,.1f}"
+    note = f"TFLOP/s of bfloat16: datasheet {known}, a square matmul here {measured}."
     return table(f"{phase} step", columns, rows, note)
 
 
@@ -187,4 +190,4 @@ def sample_table(cases: dict[str, Case], log: Log, repeats: int) -> dict[str, An
         cells = (spread(values), gigabytes(figures)) if values else (figures["error"], "")
         rows.append((name, str(case.rows), *cells))
     columns = ("sampling, bfloat16", "sequences", "tokens/s", "peak GB")
-    return table("Sampling: random weights, prompts of 64, 256 new tokens", columns, rows)
+    return table("Sampling, random weights", columns, rows)
