@@ -42,7 +42,8 @@ HF_NAMES = {
 # Buffers of old checkpoints that follow from the config: never read, never written.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-_BLOCK = 128  # rows transposed at once: 2 to 3 times as fast as numpy's copy of a whole matrix
+_BLOCK = 256  # rows transposed at once: 2 to 3 times as fast as numpy's copy of a whole matrix
+_WORDS = 64  # of 8 bytes, of each of these rows
 
 
 @dataclass(frozen=True)
@@ -79,5 +80,24 @@ def by_leaf(table: dict[str, Place]) -> dict[str, dict[str, Place]]:
 
 def transpose_into(out: np.ndarray, value: np.ndarray) -> None:
     """out [n, m] = value [m, n] transposed."""
+    if value.itemsize == 2 and value.shape[1] % 4 == 0 and value.strides[1] == 2:
+        return _transpose_words(out.view(np.uint16), value.view(np.uint64))
     for start in range(0, len(value), _BLOCK):
         out[:, start : start + _BLOCK] = value[start : start + _BLOCK].T
+
+
+def _transpose_words(out: np.ndarray, words: np.ndarray) -> None:
+    """out [4 n, m] of 2 bytes = words [m, n] of 8: they are transposed, then taken apart.
+
+    numpy copies number by number, so that words of four are faster although they are copied twice.
+    """
+    part = np.empty((_WORDS, _BLOCK), np.uint64)
+    for row in range(0, words.shape[0], _BLOCK):
+        for word in range(0, words.shape[1], _WORDS):
+            block = words[row : row + _BLOCK, word : word + _WORDS]
+            turned = part[: block.shape[1], : block.shape[0]]
+            turned[...] = block.T
+            fours = turned.view(np.uint16).reshape(*turned.shape, 4).transpose(0, 2, 1)
+            target = out[4 * word : 4 * word + 4 * len(turned), row : row + block.shape[0]]
+            for index in range(4):
+                target[index::4] = fours[:, index]

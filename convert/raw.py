@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,7 +42,7 @@ def mapped(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype | str
 
 def blocks(matrix: np.ndarray) -> list[slice]:
     """Columns of a matrix [m, n] that are transposed at a time."""
-    step = max(_LEAST_ROWS, _BLOCK_BYTES // (len(matrix) * matrix.itemsize))
+    step = max(_LEAST_ROWS, _BLOCK_BYTES // (len(matrix) * matrix.itemsize) // 4 * 4)
     return [slice(a, min(a + step, matrix.shape[1])) for a in range(0, matrix.shape[1], step)]
 
 
@@ -88,3 +89,13 @@ def in_order(
 def threads() -> ThreadPoolExecutor:
     """Twice as many as cores: some wait for the disk."""
     return ThreadPoolExecutor(2 * (os.cpu_count() or 1))
+
+
+@contextmanager
+def beside() -> Iterator[ThreadPoolExecutor]:
+    """One more thread; what it has not begun when an error ends the rest, it never begins."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

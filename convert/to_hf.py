@@ -24,7 +24,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from convert.hf_folder import DTYPES, INDEX, ConvertError, Progress, partial_of,
 from convert.hosts import ALONE, Hosts, Team, team_of
 from convert.mapping import Place
 from convert.plan import Plan, divide, make_plan
-from convert.raw import in_order, threads
+from convert.raw import beside, threads
 from convert.shard import new_shard
 from convert.weights import CODES, Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import TOKENIZER_FILES
@@ -205,7 +204,9 @@ def _write_part(
     hashes: dict[str, str] = {}
     mine = {name: place for name, place in plan.table.items() if plan.owners[name] == process}
     values = source.tensors(mine, plan.kinds)
-    with threads() as pool:
+    with threads() as pool, beside() as other:
+        # Meanwhile, wherever a core is free.
+        hashing = [other.submit(hash_files, source.step_folder, [name]) for name in source_files]
         for file, members in plan.files.items():
             if plan.owners[members[0]] != process:
                 continue
@@ -217,10 +218,9 @@ def _write_part(
                     tensors[name] = _description(*shapes[name], shard.add(value, transposed))
                     del value  # before the next is read
                 files[file] = shard.close()
-        jobs = ((1, partial(hash_files, source.step_folder, [name])) for name in source_files)
-        for hashed in in_order(pool, jobs, 2 * (os.cpu_count() or 1)):
+        for hashed in hashing:
             tick(len(tensors))
-            hashes |= hashed
+            hashes |= hashed.result()
     return {"tensors": tensors, "files": files, "source_files": hashes}
 
 
