@@ -7,7 +7,6 @@ of 5 degrees or, for every fourth tensor, of half a degree, where SLERP is linea
 most that a process held (ru_maxrss), less what it holds once it has imported its packages.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -17,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import harness
 from memphis_jax.rounds.certificate import file_hashes
 from memphis_jax.rounds.files import write_json
 from memphis_jax.tensors import Tensor, header, open_tensors, to_float64
@@ -33,13 +32,12 @@ WIDTH, MLP, VOCABULARY = 2560, 6912, 50304  # of the 3B
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks merge", description=__doc__)
+    parser = harness.parser("merge", __doc__, repeats=3)
     parser.add_argument("--mergekit", help="interpreter of an environment that has mergekit")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of each model")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
-    parser.add_argument("--repeats", type=int, default=1, help="the fastest one counts")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
+    before = harness.machine()
     with tempfile.TemporaryDirectory(prefix="memphis-merge-", dir=args.folder) as name:
         folder = Path(name)
         for seed, model in enumerate(("a", "b")):
@@ -48,10 +46,10 @@ def main(argv: Sequence[str]) -> None:
             maker = multiprocessing.get_context("spawn").Process(target=make_model, args=work)
             maker.start()
             maker.join()
-        figures = measure(folder, args.mergekit, args.repeats)
-    show(figures)
-    if args.json:
-        write_json(args.json, figures)
+        tables = [measure(folder, args.mergekit, args.repeats)]
+        if args.mergekit:
+            tables.append(compare(folder / "ours", folder / "theirs"))
+    harness.finish(args, "merge", "Merging two models beside mergekit", before, tables)
 
 
 def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
@@ -111,13 +109,43 @@ def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return value.astype(ml_dtypes.bfloat16)
 
 
-def measure(folder: Path, mergekit: str | None, repeats: int) -> dict:
+def measure(folder: Path, mergekit: str | None, repeats: int) -> dict[str, Any]:
+    a = folder / "a"
+    sizes = [tensor.num_bytes for tensor in open_tensors(a).values()]
+    commands = merges(folder, mergekit)
+    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+    starts = {name: timed(imports)[2] for name, (_, imports) in commands.items()}
+
+    def variant(name: str) -> Callable[[], float]:
+        def once() -> float:
+            runs[name].append(timed(commands[name][0]))
+            return runs[name][-1][0]
+
+        return once
+
+    copies = {"copy of one model": lambda: copying(a, folder / "copy")}
+    variants = {name: variant(name) for name in commands} | copies
+    seconds = harness.take_turns(variants, repeats)
+    rows = []
+    for name, times in seconds.items():
+        row = [name, harness.spread(times, ".1f")]
+        if name in runs:
+            above = [peak - starts[name] for _, _, peak in runs[name]]
+            row += [harness.spread([cpu for _, cpu, _ in runs[name]], ".1f"), harness.spread(above)]
+            row += [f"{1e6 * max(above) / max(sizes):.2f}", f"{starts[name]:.0f}"]
+        rows.append([*row, *[""] * (6 - len(row))])
+    title = f"SLERP of two models of {sum(sizes) / 1e9:.2f} GB, largest tensor "
+    title += f"{max(sizes) / 1e6:.0f} MB"
+    head = ["", "seconds", "of processors", "MB above imports", "in largest tensors"]
+    note = "Ours also hashes both models, checks their certificates and writes one."
+    return harness.table(title, [*head, "MB with imports"], rows, note)
+
+
+def merges(folder: Path, mergekit: str | None) -> dict[str, tuple[list, list]]:
+    """{name: (command, one that only imports what it needs)}"""
     a, b = folder / "a", folder / "b"
-    tensors = open_tensors(a)
-    largest = max(tensor.num_bytes for tensor in tensors.values())
-    total = sum(tensor.num_bytes for tensor in tensors.values())
     python = [sys.executable, "-m"]
-    commands = {
+    commands: dict[str, tuple[list, list]] = {
         "memphis merge": (
             [*python, "memphis_jax", "merge", a, b, "--out", folder / "ours", "--t", "0.4"],
             [sys.executable, "-c", "import memphis_jax.merge"],
@@ -138,21 +166,7 @@ def measure(folder: Path, mergekit: str | None, repeats: int) -> dict:
             [mergekit, "-m", module, folder / "recipe.yml", folder / "theirs", *options],
             [mergekit, "-c", f"import {module}"],
         )
-    figures: dict = {"gigabytes": total / 1e9, "largest_tensor_mb": largest / 1e6, "runs": {}}
-    for _ in range(repeats):
-        for name, (command, imports) in commands.items():
-            _, _, base = timed(imports)
-            seconds, cpu, peak = timed(command)
-            row = {"seconds": seconds, "cpu_seconds": cpu}
-            row |= {"above_start_mb": peak - base, "at_start_mb": base}
-            row["tensors"] = 1e6 * row["above_start_mb"] / largest
-            before = figures["runs"].get(name)
-            if before is None or seconds < before["seconds"]:
-                figures["runs"][name] = row
-    if mergekit:
-        figures["agreement"] = compare(folder / "ours", folder / "theirs")
-    figures["copy_seconds"] = copying(a, folder / "copy")
-    return figures
+    return commands
 
 
 def timed(command: Sequence[object]) -> tuple[float, float, float]:
@@ -167,8 +181,8 @@ def timed(command: Sequence[object]) -> tuple[float, float, float]:
     return seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss / 1e6
 
 
-def compare(ours: Path, theirs: Path) -> dict:
-    """Share of numbers equal to the bit, the largest difference, and their root mean square."""
+def compare(ours: Path, theirs: Path) -> dict[str, Any]:
+    """A table: share of numbers equal to the bit, the largest difference, the root mean square."""
     left, right = open_tensors(ours), open_tensors(theirs)
     assert left.keys() == right.keys()
     equal = count = 0
@@ -181,44 +195,15 @@ def compare(ours: Path, theirs: Path) -> dict:
             count, squares = count + x.size, squares + float((x * x).sum())
             most = max(most, float(np.abs(x - y).max()))
     rms = (squares / count) ** 0.5
-    return {"equal_share": equal / count, "numbers": count, "most": most, "rms": rms}
+    row = [f"{count:,}", f"{100 * equal / count:.4f} %", f"{most:.1e}", f"{rms:.1e}"]
+    head = ["numbers", "equal to the bit", "largest difference", "their root mean square"]
+    return harness.table("Both results, number by number", head, [row])
 
 
 def copying(source: Path, target: Path) -> float:
     """Seconds that reading one model and writing it takes by itself."""
+    shutil.rmtree(target, ignore_errors=True)
     start = time.perf_counter()
     shutil.copytree(source, target)
     os.sync()
     return time.perf_counter() - start
-
-
-def show(figures: dict) -> None:
-    table = Table(
-        title=f"two models of {figures['gigabytes']:.2f} GB, largest tensor "
-        f"{figures['largest_tensor_mb']:.0f} MB"
-    )
-    for column in (
-        "",
-        "seconds",
-        "of processors",
-        "MB above start",
-        "in largest tensors",
-        "MB at start",
-    ):
-        table.add_column(column, justify="right" if column else "left")
-    for name, row in figures["runs"].items():
-        seconds = (f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds"))
-        memory = (
-            f"{row['above_start_mb']:.0f}",
-            f"{row['tensors']:.2f}",
-            f"{row['at_start_mb']:.0f}",
-        )
-        table.add_row(name, *seconds, *memory)
-    Console().print(table)
-    if agreement := figures.get("agreement"):
-        print(
-            f"{100 * agreement['equal_share']:.4f} % of {agreement['numbers']:,} numbers equal to "
-            f"the bit; the largest difference is {agreement['most']:.1e}, their root mean square "
-            f"{agreement['rms']:.1e}"
-        )
-    print(f"copying one of the models and syncing: {figures['copy_seconds']:.1f} s")
