@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import REPO, seconds
 from memphis_jax.data import prepare, procedural
 from memphis_jax.data.contamination import guard, read_evaluation, row_text
 from memphis_jax.data.examples import open_built, read_manifest
@@ -30,7 +31,6 @@ from memphis_jax.data.loader import sft_loader
 from memphis_jax.rounds.files import write_json, write_jsonl
 from memphis_jax.versions import versions
 
-REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"
 EVALUATION = ("bbh/tasks", "agieval_v1_en", "aqua/dev.json", "aqua/test.json", "mathqa/test.json")
 
@@ -128,23 +128,18 @@ def _load(built: Path) -> tuple[float, list[int]]:
 
 def _guard(texts: list[str], evaluation: list[str]) -> tuple[float, list[str]]:
     """(seconds for all rows but the first, the reasons): before it, the evaluation is taken in."""
-    seconds = []
+    taken = []
     for _ in range(REPEATS):
         stream = guard(texts, evaluation)
         reasons = [next(stream)]
         start = time.perf_counter()
         reasons += stream
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), reasons
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken), reasons
 
 
 def _median_seconds(run: Callable[[], None]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return statistics.median(seconds(run) for _ in range(REPEATS))
 
 
 def _real_inputs(work: Path) -> tuple[dict[str, Any], list[dict[str, str]], list[str]]:

@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-REPO = Path(__file__).parents[1]
+from benchmarks.harness import REPO
+
 ENGINES = ("hf", "jax", "vllm")
 BBH = tuple(f"bbh_cot_fewshot_{n}" for n in ("boolean_expressions", "navigate", "object_counting"))
 SHAPE: dict[str, Any] = {
