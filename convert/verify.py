@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, open_folder, read_json
-from convert.mapping import by_leaf, places
+from convert.mapping import by_leaf, places, transpose_into
 from convert.to_hf import CERTIFICATE, describe, hash_files, hash_folder
 from convert.weights import Checkpoint, open_checkpoint
 from memphis_jax.config import ModelConfig, difference
@@ -67,18 +67,23 @@ def _compare_tensors(
     """Adds differing tensors to the verdict; returns the description of each HF tensor."""
     found: dict[str, Any] = {}
     rounded = Counter[str]()
-    for leaf, table in by_leaf(places(saved.config)).items():
-        dtype = DTYPES[stored[next(iter(table))].dtype]
+    table = places(saved.config)
+    kinds = {leaf: DTYPES[stored[next(iter(t))].dtype] for leaf, t in by_leaf(table).items()}
+    for leaf, dtype in kinds.items():
         if dtype != saved.dtypes[leaf]:
             rounded[f"{saved.dtypes[leaf].name} in the checkpoint compared as {dtype.name}"] += 1
-        transposed = next(iter(table.values())).transposed
-        array = saved.read(leaf, dtype, transposed)
-        for name, place in table.items():
-            progress(len(found), len(stored))
-            theirs, ours = stored[name].read(), array[place.index]
-            verdict.differences += _differing_values(name, theirs, ours, dtype)
-            found[name] = describe(theirs, dtype.name, place.shape)
-        del array  # before the next is read
+    values = saved.tensors(table, kinds)
+    for name, place in table.items():
+        progress(len(found), len(stored))
+        ours, transposed = next(values)
+        if transposed:
+            turned = np.empty(place.shape, ours.dtype)
+            transpose_into(turned, ours)
+            ours = turned
+        theirs, dtype = stored[name].read(), kinds[place.leaf]
+        verdict.differences += _differing_values(name, theirs, ours, dtype)
+        found[name] = describe(theirs, dtype.name, place.shape)
+        del ours, theirs  # before the next is read
     progress(len(found), len(stored))
     verdict.compared = len(found)
     verdict.notes += [f"{count} leaves: {what}" for what, count in rounded.items()]
