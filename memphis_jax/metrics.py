@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 
 class MetricsWriter:
@@ -24,7 +23,7 @@ class MetricsWriter:
         kept = [row for row in _complete_rows(path) if row["step"] <= resume_step]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._board = _board(workdir / "tensorboard", purge_step=resume_step + 1)
         self._num_steps, self._label = num_steps, label
         console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -64,6 +63,19 @@ class MetricsWriter:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
             print(f"{self._label} {step}/{self._num_steps}  {numbers}", file=sys.stderr, flush=True)
+
+
+def _board(folder: Path, purge_step: int) -> Any:
+    """tensorboardX's writer; it would import torch where that is installed: a second or two."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _complete_rows(path: Path) -> list[dict[str, Any]]:
