@@ -7,7 +7,8 @@ Started again with the same --out, it goes on after the last published block.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,49 +66,74 @@ def sample(argv: Sequence[str]) -> None:
         progress = Progress(sum(not q.skipped for n in left for q in parts[n]) * args.num_samples)
         settings = {**drawing, "eos_id": eos_id, "dtype": args.dtype}
         settings |= {"batch_size": args.batch_size, "on_progress": progress.add}
-        for number in left:
-            lines = _block(model, tokenizer, parts[number], args, settings)
+        todo = {number: parts[number] for number in left}
+        for number, lines in _blocks(model, tokenizer, todo, args, settings):
             blocks.write_block(blocks.block_path(folder, number), _placed(meta), lines)
     count = blocks.gather(args.out, 1, [q.id for q in questions], meta)
     print(f"{args.out / 'completions.jsonl'}: {count} completions", file=sys.stderr)
 
 
-def _block(
+def _blocks(
     model: Any,
     tokenizer: Tokenizer,
-    questions: Sequence[Question],
+    todo: Mapping[int, Sequence[Question]],
     args: argparse.Namespace,
     settings: dict[str, Any],
-) -> list[Row]:
-    """The rows of one block: completions, then what was skipped."""
+) -> Iterator[tuple[int, list[Row]]]:
+    """(number, rows) of each block as soon as its last answer is done."""
     from memphis_jax import sampler
 
-    asked = [(q, k) for q in questions if not q.skipped for k in range(args.num_samples)]
+    asked = [
+        (block, question, number)
+        for block, questions in todo.items()
+        for question in questions
+        if not question.skipped
+        for number in range(args.num_samples)
+    ]
+    left = Counter(block for block, _, _ in asked)
+    answers: dict[tuple[str, int], Row] = {}
+    yield from ((block, _rows(todo[block], answers, 0)) for block in todo if not left[block])
     if not asked:
-        return [{"id": q.id, "skipped": q.skipped} for q in questions]
-    completions = sampler.sample(
+        return
+    for at, done in sampler.stream(
         model,
-        [question.tokens for question, _ in asked],
-        sampler.row_keys(args.seed, [(row_number(q.id), k) for q, k in asked]),
+        [question.tokens for _, question, _ in asked],
+        sampler.row_keys(args.seed, [(row_number(q.id), k) for _, q, k in asked]),
         stops=lambda tokens: STOP in tokenizer.decode(tokens, skip_special_tokens=False),
         **settings,
-    )
-    lines: list[Row] = []
-    for (question, number), done in zip(asked, completions, strict=True):
-        text, tokens = tokenizer.decode(done.tokens, skip_special_tokens=False), done.tokens
-        if STOP in text:  # the sampler looks between blocks of tokens: count those up to the stop
-            while STOP in tokenizer.decode(tokens[:-1], skip_special_tokens=False):
-                tokens = tokens[:-1]
-        lines.append(
-            {
-                "id": question.id,
-                "sample": number,
-                "text": text.split(STOP)[0],
-                "finish_reason": done.finish_reason,
-                "num_tokens": len(tokens),
-            }
-        )
-    return [*lines, *({"id": q.id, "skipped": q.skipped} for q in questions if q.skipped)]
+    ):
+        block, question, number = asked[at]
+        answers[question.id, number] = _answer(tokenizer, done)
+        left[block] -= 1
+        if not left[block]:
+            yield block, _rows(todo[block], answers, args.num_samples)
+
+
+def _answer(tokenizer: Tokenizer, done: Any) -> Row:
+    text, tokens = tokenizer.decode(done.tokens, skip_special_tokens=False), done.tokens
+    if STOP in text:  # the sampler looks between blocks of tokens: count those up to the stop
+        while STOP in tokenizer.decode(tokens[:-1], skip_special_tokens=False):
+            tokens = tokens[:-1]
+    return {
+        "text": text.split(STOP)[0],
+        "finish_reason": done.finish_reason,
+        "num_tokens": len(tokens),
+    }
+
+
+def _rows(
+    questions: Sequence[Question], answers: dict[tuple[str, int], Row], num_samples: int
+) -> list[Row]:
+    """The rows of one block: completions, then what was skipped. Takes them out of `answers`."""
+    return [
+        *(
+            {"id": q.id, "sample": number, **answers.pop((q.id, number))}
+            for q in questions
+            if not q.skipped
+            for number in range(num_samples)
+        ),
+        *({"id": q.id, "skipped": q.skipped} for q in questions if q.skipped),
+    ]
 
 
 def _placed(meta: Row) -> Row:
