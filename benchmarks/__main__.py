@@ -7,6 +7,7 @@ BENCHMARKS = {
     "data": "building and loading tokens, packing, the contamination guard",
     "eval": "engines of `memphis eval` side by side: agreement and wall time",
     "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
+    "sampler": "tokens/s of the JAX sampler, vLLM and transformers, side by side",
     "startup": "seconds to help, imports, and to the first training step",
     "demo": "seconds of each kind of stage of the demo, or of finished recipes side by side",
     "scaling": "step time and memory against length, batch, layers and devices",
