@@ -1,10 +1,11 @@
 # Every target sets up what it needs in .venv (once) and then does its work.
 #
-#   make demo    the whole recipe at toy size: runs/demo/report.html
-#   make test    every test, with coverage
-#   make vllm    .venv-vllm, the generation worker's environment (CPU build; a GPU: docs/gpu.md)
-#   make check   lint, format, types and the fast tests
-#   make clean   remove .venv, .venv-vllm and caches (runs/ stays)
+#   make demo      the whole recipe at toy size: runs/demo/report.html
+#   make test      every test
+#   make coverage  every test, with coverage: a quarter slower
+#   make vllm      .venv-vllm, the generation worker's environment (CPU build; a GPU: docs/gpu.md)
+#   make check     lint, format, types and the fast tests
+#   make clean     remove .venv, .venv-vllm and caches (runs/ stays)
 #
 # Another interpreter: make test PYTHON=python3.12
 
@@ -31,14 +32,17 @@ VLLM := .venv-vllm/$(TAG)
 # of a file keep to one worker, vLLM's too (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadgroup
 
-.PHONY: demo test check vllm clean
-test check: export JAX_PLATFORMS ?= cpu
+.PHONY: demo test coverage check vllm clean
+test coverage check: export JAX_PLATFORMS ?= cpu
 
 demo: $(RUN)
 	.venv/bin/memphis rounds --config configs/tiny.py --workdir runs/demo
 
 test: $(DEV) $(VLLM)
-	$(PYTEST) --cov --cov-report=term --durations=25
+	$(PYTEST) --durations=25
+
+coverage: $(DEV) $(VLLM)
+	$(PYTEST) --cov --cov-report=term
 
 check: $(DEV)
 	.venv/bin/ruff check
