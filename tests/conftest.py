@@ -19,8 +19,8 @@ import pytest
 # A job in a script's background ignores Ctrl-C, and so would everything that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# XLA reads its flags when the backend starts. LLVM optimises nothing in this process, as most of the
-# time goes to compiling; what a test starts as a process is compiled as a user's.
+# XLA reads its flags when the backend starts. Only in this process LLVM optimises nothing, as most
+# of the time goes to compiling; what a test starts as a process is compiled as a user's.
 before = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{before or ''} --xla_backend_optimization_level=0"
 jax.config.update("jax_num_cpu_devices", 8)
