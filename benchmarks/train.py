@@ -109,6 +109,7 @@ def our_step(size: Size, phase: str, batch: dict[str, np.ndarray]) -> Callable[[
     from memphis_jax.config import ComputeConfig, ModelConfig, OptimizerConfig, PhaseConfig
     from memphis_jax.model import StableLM
     from memphis_jax.runtime import start_jax
+    from memphis_jax.sharding import global_batch, make_mesh
     from memphis_jax.train import init_state, make_step
 
     start_jax()
@@ -121,12 +122,11 @@ def our_step(size: Size, phase: str, batch: dict[str, np.ndarray]) -> Callable[[
         rank_weight=5.0,
         optimizer=OptimizerConfig(freeze_embeddings=size.freeze, learning_rate=1e-6),
     )
-    state = init_state(StableLM(ModelConfig(**size.shape), jax.random.key(0)), settings, 0)
-    step = make_step(phase, settings, ComputeConfig(remat="none"), 10**6)
-    arrays = {
-        name: value[None]  # one micro-batch
-        for name, value in batch.items()
-    }
+    mesh = make_mesh(fsdp=1)
+    model = jax.device_put(StableLM(ModelConfig(**size.shape), jax.random.key(0)), jax.devices()[0])
+    state = init_state(model, settings, 0, mesh)
+    step = make_step(phase, settings, ComputeConfig(remat="none"), 10**6, mesh)
+    arrays = global_batch({name: value[None] for name, value in batch.items()}, mesh, 0)
 
     def run(steps: int) -> None:
         nonlocal state

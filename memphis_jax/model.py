@@ -167,6 +167,7 @@ class Ops(NamedTuple):
     # q [B, T, N, H], k, v [B, T, K, H], segment_ids [B, T] -> [B, T, N, H], causal in segments
     attention: Callable[..., jax.Array] = causal_attention
     num_shards: int = 1  # devices that have rows of their own
+    unroll: int = 1  # layers in a turn of the loop
 
 
 ONE_DEVICE = Ops()
@@ -297,7 +298,7 @@ class StableLM(nnx.Module):
 
         if remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
-        return self.norm(jax.lax.scan(body, embeddings, self.layers)[0])
+        return self.norm(jax.lax.scan(body, embeddings, self.layers, unroll=ops.unroll)[0])
 
     def head(self) -> jax.Array:
         """Output projection [D, V]; the transposed embedding where tied."""

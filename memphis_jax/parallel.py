@@ -9,6 +9,8 @@ from memphis_jax.attention import pick_attention
 from memphis_jax.model import ONE_DEVICE, Ops
 from memphis_jax.sharding import constrain, lookup, num_shards
 
+CPU_UNROLL = 8  # without a loop over a small model's layers nothing is copied into and out of stacks
+
 
 def make_ops(mesh: Mesh | None, attention: str) -> Ops:
     """Lookup, layouts and the attention kernel of a mesh; the defaults for None, one plain device.
@@ -36,7 +38,7 @@ def make_ops(mesh: Mesh | None, attention: str) -> Ops:
         return kernel(q, k, v, segment_ids)
 
     if mesh.size == 1:
-        return Ops(attention=attend)
+        return Ops(attention=attend, unroll=CPU_UNROLL if platform == "cpu" else 1)
     return Ops(
         lookup=partial(lookup, mesh=mesh),
         constrain=partial(constrain, mesh=mesh),

@@ -254,11 +254,11 @@ def _limit(device: Any, jax: Any) -> float:
 
 
 def _key(program: str, device_ids: list[int], request: Request) -> str:
-    from memphis_jax.train import TPU_OPTIONS
+    from memphis_jax.train import COMPILER_OPTIONS
     from memphis_jax.versions import versions
 
     decides = {
-        "options": TPU_OPTIONS,
+        "options": COMPILER_OPTIONS["tpu"],
         "program": hashlib.sha256(program.encode()).hexdigest(),
         "devices": device_ids,
         "topology": [request.topology, request.num_slices],

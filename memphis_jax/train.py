@@ -31,10 +31,14 @@ from memphis_jax.runtime import Preemption, is_first, same_on_all_hosts
 from memphis_jax.sharding import global_batch, state_sharding
 
 MAX_SKIPPED_IN_A_ROW = 3
-# Without it a TPU's compiler cuts each product with gathered weights into one per device, whose
-# sums go through memory: three times the HBM traffic and 2 GB more (3B, v5e:4x4; docs/plan.md).
-# MaxText sets the same.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # Without it a TPU's compiler cuts each product with gathered weights into one per device, whose
+    # sums go through memory: three times the HBM traffic and 2 GB more (3B, v5e:4x4; docs/plan.md).
+    # MaxText sets the same.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    # One product after another, each on all cores (docs/performance.md, "Training step").
+    "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False},
+}
 
 
 class TrainingStopped(RuntimeError):
@@ -172,8 +176,8 @@ def make_step(
         schedule=cosine_schedule(optimizer.learning_rate, num_steps, optimizer.warmup_ratio),
         freeze=is_embedding if optimizer.freeze_embeddings else lambda _: False,
     )
-    on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(step, donate_argnums=0, compiler_options=TPU_OPTIONS if on_tpu else None)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(platform))
 
 
 def objective(
