@@ -20,7 +20,15 @@ from matplotlib.figure import Figure
 from benchmarks import harness, workload
 from memphis_jax import charts
 
-SHAPE = workload._shape(256, 704, 4, 4, 2048)
+SHAPE = {
+    **workload.SIZES["512 x 8"].shape,
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 
 
 class Point(NamedTuple):
@@ -40,7 +48,6 @@ SERIES: dict[str, tuple[str, list[Point]]] = {  # title -> (what grows, points)
     "Layers, 4 rows of 256": ("layers", [Point(4, 256, n) for n in (1, 2, 4, 8, 16)]),
     "CPU devices, 8 rows of 512": ("devices", [Point(8, 512, 4, n) for n in (1, 2, 4, 8)]),
 }
-CPU = "CPU devices, 8 rows of 512"
 SLICES = ("v5e:2x2", "v5e:2x4", "v5e:4x4")
 SLICE_ROWS = 32  # in all
 
@@ -90,8 +97,6 @@ def in_process(points: Sequence[Point], repeats: int) -> list[Found]:
 
 def measure(points: Sequence[Point], repeats: int) -> list[Found]:
     """Compiles every point, then times single steps in turns."""
-    import jax
-
     from memphis_jax.runtime import start_jax
 
     start_jax()
