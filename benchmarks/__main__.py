@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`: measures, prints a table, and writes JSON with --json FILE."""
+"""`python -m benchmarks NAME`: measures, prints a table, and writes JSON."""
 
 import importlib
 import sys
@@ -6,7 +6,8 @@ import sys
 BENCHMARKS = {
     "data": "building and loading tokens, packing, the contamination guard",
     "eval": "engines of `memphis eval` side by side: agreement and wall time",
-    "generate": "tokens/s of the JAX sampler and of vLLM, side by side",
+    "train": "an SFT and a rank step beside transformers + torch and a naive JAX step",
+    "rank": "the ranking step with packed answers and with padded ones",
     "sampler": "tokens/s of the JAX sampler, vLLM and transformers, side by side",
     "startup": "seconds to help, imports, and to the first training step",
     "demo": "seconds of each kind of stage of the demo, or of finished recipes side by side",

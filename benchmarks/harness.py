@@ -35,9 +35,7 @@ def parser(name: str, about: str | None, repeats: int = 5) -> argparse.ArgumentP
     return made
 
 
-def take_turns(
-    variants: Mapping[str, Callable[[], float]], repeats: int
-) -> dict[str, list[float]]:
+def take_turns(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """{name: what each of `repeats` calls returned}; every other round runs backwards.
 
     So a machine that slows down, or a neighbour that comes, meets all of them alike.
@@ -138,7 +136,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Row], note: str = "") -> dict[str, Any]:
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Row], note: str = ""
+) -> dict[str, Any]:
     return {"title": title, "columns": list(columns), "rows": [*map(list, rows)], "note": note}
 
 

@@ -7,12 +7,16 @@ from typing import Any
 from benchmarks.harness import REPO, RESULTS
 
 # The order of the page.
-NAMES = ("train", "rank", "memory", "sampler", "convert", "merge", "startup", "demo", "scaling", "gpu")
+NAMES = [
+    *("train", "rank", "memory", "sampler", "convert", "merge", "startup", "demo", "scaling"),
+    "gpu",
+]
 HEAD = """# Performance
 
-Every figure on this page was printed by the command above its table, peers side by side in one run, in turns: medians
-(least-most). The page is made of [performance/](performance) by `python -m benchmarks page`; the text beneath a table says
-what was found by profiling and what was tried. Where we lose, the table says so.
+Every figure on this page was printed by the command above its table, peers side by side in one
+run, in turns: medians (least-most). The page is made of [performance/](performance) by
+`python -m benchmarks page`; the text beneath a table says what was found by profiling and what was
+tried. Where we lose, the table says so.
 """
 
 
@@ -43,8 +47,8 @@ def section(result: dict[str, Any]) -> str:
         "",
         f"    {result['command']}",
         "",
-        f"{at['processor']}, {at['cores']} cores, {at['memory_gb']} GB, load {at['load_at_start']} at start; "
-        f"{versions}; commit {at['commit']}, {at['date']}.",
+        f"{at['processor']}, {at['cores']} cores, {at['memory_gb']} GB, load "
+        f"{at['load_at_start']} at start; {versions}; commit {at['commit']}, {at['date']}.",
     ]
     for table in result["tables"]:
         lines += ["", f"**{table['title']}**", ""]

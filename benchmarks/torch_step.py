@@ -47,7 +47,7 @@ def load(size: Size) -> Any:
 
 
 def sft_arrays(size: Size) -> dict[str, np.ndarray]:
-    """The packed rows as rows of text, with the labels of transformers (not shifted, -100 = none)."""
+    """The packed rows as texts; labels as transformers wants them: not shifted, -100 = none."""
     packed = workload.sft_batch(size)
     tokens = packed["tokens"].astype(np.int64)
     labels = np.full_like(tokens, -100)

@@ -35,7 +35,14 @@ def main(argv: list[str]) -> None:
     tables = []
     for phase in ("sft", "rank"):
         rows = [row for size in args.sizes for row in compare(phase, size, args.repeats)]
-        columns = ("model", "engine", "useful tokens/s", "x torch", "of its matmul ceiling", "ready")
+        columns = (
+            "model",
+            "engine",
+            "useful tokens/s",
+            "x torch",
+            "of its ceiling",
+            "ready",
+        )
         tables.append(harness.table(f"{phase} step, float32", columns, rows))
     harness.finish(args, "train", ABOUT, before, tables)
 

@@ -26,7 +26,7 @@ class Size(NamedTuple):
     steps: int  # in one measurement
 
 
-def _shape(width: int, mlp: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
+def shape(width: int, mlp: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -39,14 +39,14 @@ def _shape(width: int, mlp: int, layers: int, heads: int, vocabulary: int) -> di
 
 
 SIZES = {
-    "demo: 64 x 3": Size(_shape(64, 176, 3, 2, 512), 4, 128, 16, 42, False, 60),
-    "512 x 8": Size(_shape(512, 1376, 8, 8, 8192), 4, 512, 8, 100, True, 2),
-    "3B's width, 2560 x 2": Size(_shape(2560, 6912, 2, 32, 50304), 1, 512, 2, 100, True, 1),
+    "demo: 64 x 3": Size(shape(64, 176, 3, 2, 512), 4, 128, 16, 42, False, 60),
+    "512 x 8": Size(shape(512, 1376, 8, 8, 8192), 4, 512, 8, 100, True, 2),
+    "3B's width, 2560 x 2": Size(shape(2560, 6912, 2, 32, 50304), 1, 512, 2, 100, True, 1),
 }
 
 
 def lengths(count: int, mean: float, cap: int, seed: int) -> list[int]:
-    """Log-normal lengths in tokens, as answers have: sigma 0.7, mean about `mean`, at most `cap`."""
+    """Log-normal lengths in tokens, as answers have: sigma 0.7, about this mean, up to `cap`."""
     drawn = np.random.default_rng(seed).lognormal(np.log(mean) - 0.7**2 / 2, 0.7, count)
     return np.clip(np.rint(drawn), MIN_LENGTH, cap).astype(int).tolist()
 

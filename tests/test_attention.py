@@ -61,6 +61,28 @@ def output_and_gradients(attention: Any, qkv: dict[str, jax.Array], ids: Any) ->
     return {"out": out, **gradients}
 
 
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> jax.Array:
+    """The formula on whole scores [B, N, T, S], differentiated by JAX."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[3])
+    mask = jnp.tri(LENGTH, dtype=bool)[None]
+    if ids is not None:
+        mask = mask & (ids[:, :, None] == ids[:, None, :])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+
+@pytest.mark.parametrize(("kv_heads", "packed"), [(4, True), (2, True), (1, False)])
+def test_xla_kernel_equals_the_formula(kv_heads: int, packed: bool) -> None:
+    """Output and gradients, over two chunks of queries, also rematerialised."""
+    qkv, ids = random_qkv(2, 4, kv_heads, 24), packed_ids(2) if packed else None
+    expected = output_and_gradients(plain_attention, qkv, ids)
+    assert_close(output_and_gradients(causal_attention, qkv, ids), expected)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    kept = jax.checkpoint(causal_attention, policy=policy)
+    assert_close(output_and_gradients(kept, qkv, ids), expected)
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "packed", "mesh"),
     [(4, True, (1, 1, 1)), (2, True, (1, 1, 1)), (4, False, (1, 1, 1)), (2, True, (2, 2, 2))],
