@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     parser = harness.parser("sampler", __doc__, repeats=3)
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="has vLLM")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--in-flight", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -95,15 +96,15 @@ def compare(
     """A row per engine."""
     served = {}
     try:
-        for engine, env in ENGINES.items():
+        for engine in args.engines:
             python = args.python if engine.startswith("vLLM") else sys.executable
             words = ["-m", "benchmarks.sampler", "--serve", engine, folder, flight, lengths]
-            served[engine] = harness.Served([python, *words], env)
+            served[engine] = harness.Served([python, *words], ENGINES[engine])
         found = harness.take_turns(served, args.repeats)
     finally:
         for one in served.values():
             one.close()
-    best = max((found["vLLM"], found["vLLM, all cores"]), key=statistics.median)
+    best = max((found[e] for e in found if e.startswith("vLLM")), key=statistics.median)
     return [
         (
             f"{model}, {flight}, {lengths}" if number == 0 else "",
