@@ -12,7 +12,7 @@ from helpers import assert_close
 
 from benchmarks import gpu, gpu_case, gpu_torch, gpu_worker, memory
 from benchmarks.gpu_case import Case
-from benchmarks.harness import REPO, Served, machine, ratio, spread, table, take_turns
+from benchmarks.harness import REPO, RESULTS, Served, machine, ratio, spread, table, take_turns
 from benchmarks.page import page
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
@@ -165,3 +165,8 @@ def test_chunked_and_full_logits_are_one_loss_with_one_gradient() -> None:
     for head in memory.HEADS:
         ours, full = (memory.loss_and_gradients(path, head)(*inputs) for path in memory.PATHS)
         assert_close(ours, full)
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    """`python -m benchmarks page` after every new result, and no figure by hand."""
+    assert (REPO / "docs" / "performance.md").read_text() == page(RESULTS)
