@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -151,8 +152,8 @@ def finish(
     **figures: Any,
 ) -> None:
     """Prints the tables and writes the result; `before` is `machine()` as it was at the start."""
-    words = [f"--{key} {getattr(args, key)}" for key in ("repeats",)]
-    result = {"name": name, "about": about, "command": f"python -m benchmarks {name} {words[0]}"}
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    result = {"name": name, "about": about, "command": command}
     result |= {"machine": before, "tables": tables, **figures}
     show(tables)
     path = args.json or RESULTS / f"{name}.json"

@@ -1,4 +1,4 @@
-"""docs/performance.md from docs/performance/: every NAME.json, and NAME.md beneath it."""
+"""docs/performance.md from docs/performance/: NAME.json (or NAME-PART.json), NAME.md beneath."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def page(folder: Path) -> str:
     """The whole page; benchmarks without a result are named at its end."""
     parts, absent = [HEAD], []
     for name in NAMES:
-        if (folder / f"{name}.json").is_file():
-            parts.append(section(json.loads((folder / f"{name}.json").read_text())))
-        else:
+        results = sorted(folder.glob(f"{name}*.json"))
+        parts += [section(json.loads(path.read_text())) for path in results]
+        if not results:
             absent.append(name)
         if (folder / f"{name}.md").is_file():
             parts.append((folder / f"{name}.md").read_text())
