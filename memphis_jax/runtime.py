@@ -25,7 +25,7 @@ def start_jax() -> None:
     JAX_COMPILATION_CACHE_DIR moves the persistent compile cache.
 
     glibc gives large blocks back to the system and fetches them again at every step, page by page;
-    on a CPU, where all activations are such blocks, keeping them saves a fifth of a step's time.
+    on a CPU, where all activations are such blocks, keeping them saves a tenth of a step's time.
     """
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if libc:  # before there are threads: only the first arena can keep blocks of any size

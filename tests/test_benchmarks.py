@@ -78,6 +78,7 @@ def test_every_stage_of_the_gpu_script_runs_tiny(
     assert about == {"device": "cpu", "peak_bytes": None}
 
 
+@pytest.mark.slow
 def test_torch_minimises_what_the_trainer_does() -> None:
     """The same logits give the same loss, SFT and rank, on the batch that both sides get."""
     import jax.numpy as jnp
@@ -152,6 +153,7 @@ def test_gpu_tables_of_a_full_log_start_no_process(tmp_path: Path) -> None:
     assert ["JAX", "16,384", "out of memory", ""] in gpu.search_table("sft", {"JAX": tried})["rows"]
 
 
+@pytest.mark.slow
 def test_chunked_and_full_logits_are_one_loss_with_one_gradient() -> None:
     """What the memory benchmark compares computes the same."""
     import jax
