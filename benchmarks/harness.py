@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def seconds(call: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
+
+
+def matmul_ceiling(product: Callable[[], Any], size: int) -> float:
+    """FLOP/s of the best of five products [size, size] @ [size, size], after one unmeasured."""
+    product()
+    return 2.0 * size**3 / min(seconds(product) for _ in range(5))
 
 
 def spread(values: Sequence[float], form: str = ",.0f") -> str:
@@ -110,6 +117,15 @@ class Served:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def served_turns(
+    commands: Mapping[str, tuple[Sequence[object], Mapping[str, str]]], repeats: int
+) -> tuple[dict[str, Served], dict[str, list[float]]]:
+    """`take_turns` of processes, {name: (command, environment)}, that live as long as it lasts."""
+    with ExitStack() as stack:
+        served = {name: stack.enter_context(Served(*one)) for name, one in commands.items()}
+        return served, take_turns(served, repeats)
 
 
 def serve(measure: Callable[[], float], about: Mapping[str, Any] | None = None) -> None:

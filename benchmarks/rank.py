@@ -26,15 +26,9 @@ def main(argv: list[str]) -> None:
         serve(args.serve)
         return
     before = harness.machine()
-    served = {}
-    try:
-        for layout in ("packed", "padded"):
-            command = [sys.executable, "-m", "benchmarks.rank", "--serve", layout]
-            served[layout] = harness.Served(command, {"JAX_PLATFORMS": "cpu"})
-        speeds = harness.take_turns(served, args.repeats)
-    finally:
-        for layout in served.values():
-            layout.close()
+    words = [sys.executable, "-m", "benchmarks.rank", "--serve"]
+    commands = {one: ([*words, one], {"JAX_PLATFORMS": "cpu"}) for one in ("packed", "padded")}
+    served, speeds = harness.served_turns(commands, args.repeats)
     rows = [
         (
             layout,

@@ -94,16 +94,18 @@ def compare(
     folder: Path, model: str, flight: int, lengths: str, args: argparse.Namespace
 ) -> list[harness.Row]:
     """A row per engine."""
-    served = {}
-    try:
-        for engine in args.engines:
-            python = args.python if engine.startswith("vLLM") else sys.executable
-            words = ["-m", "benchmarks.sampler", "--serve", engine, folder, flight, lengths]
-            served[engine] = harness.Served([python, *words], ENGINES[engine])
-        found = harness.take_turns(served, args.repeats)
-    finally:
-        for one in served.values():
-            one.close()
+    words = ["-m", "benchmarks.sampler", "--serve"]
+    commands = {
+        engine: (
+            [
+                args.python if engine.startswith("vLLM") else sys.executable,
+                *(*words, engine, folder, flight, lengths),
+            ],
+            ENGINES[engine],
+        )
+        for engine in args.engines
+    }
+    served, found = harness.served_turns(commands, args.repeats)
     best = max((found[e] for e in found if e.startswith("vLLM")), key=statistics.median)
     return [
         (

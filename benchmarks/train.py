@@ -50,17 +50,10 @@ def main(argv: list[str]) -> None:
 
 def compare(phase: str, size: str, repeats: int) -> list[harness.Row]:
     """A row per engine."""
-    served = {}
-    try:
-        for engine in ENGINES:
-            if engine in ("naive JAX", "torch, compiled") and (phase == "rank" or size == LARGEST):
-                continue
-            command = [sys.executable, "-m", "benchmarks.train", "--serve", engine, size, phase]
-            served[engine] = harness.Served(command, {"JAX_PLATFORMS": "cpu"})
-        found = harness.take_turns(served, repeats)
-    finally:
-        for engine in served.values():
-            engine.close()
+    engines = ENGINES if phase == "sft" and size != LARGEST else ("memphis_jax", "torch")
+    words = [sys.executable, "-m", "benchmarks.train", "--serve"]
+    commands = {one: ([*words, one, size, phase], {"JAX_PLATFORMS": "cpu"}) for one in engines}
+    served, found = harness.served_turns(commands, repeats)
     torch = max((found[e] for e in found if e.startswith("torch")), key=statistics.median)
     return [
         (
@@ -187,15 +180,13 @@ def naive_step(size: Size, phase: str, batch: dict[str, np.ndarray]) -> Callable
 
 
 def matmul_ceiling(size: int) -> float:
-    """FLOP/s of the best of five float32 products [size, size] @ [size, size]."""
+    """FLOP/s of a float32 product."""
     import jax
     import jax.numpy as jnp
 
     x = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(x, x))
-    best = min(harness.seconds(lambda: jax.block_until_ready(product(x, x))) for _ in range(5))
-    return 2.0 * size**3 / best
+    return harness.matmul_ceiling(lambda: jax.block_until_ready(product(x, x)), size)
 
 
 if __name__ == "__main__":

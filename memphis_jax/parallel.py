@@ -9,9 +9,7 @@ from memphis_jax.attention import pick_attention
 from memphis_jax.model import ONE_DEVICE, Ops
 from memphis_jax.sharding import constrain, lookup, num_shards
 
-CPU_UNROLL = (
-    8  # without a loop over a small model's layers nothing is copied into and out of stacks
-)
+CPU_UNROLL = 8  # layers; a loop would copy into and out of stacks
 
 
 def make_ops(mesh: Mesh | None, attention: str) -> Ops:
