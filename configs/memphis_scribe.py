@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.compute = {
         "dtype": "bfloat16",  # mergekit_config.yml: of the merge; ours: of activations, matmuls
         "remat": "full",  # ours: every layer is recomputed in the backward pass
-        "logprob_chunk": 1024,  # ours: tokens
+        "logprob_chunk": 512,  # ours: tokens
     }
     config.data = {
         "source": "mixture",  # docs/data.md: filters, revisions

@@ -193,7 +193,7 @@ class ComputeConfig:
     dtype: str = "float32"  # of activations and matmuls; parameters and losses stay float32
     remat: str = "full"  # what the backward pass recomputes: REMAT
     attention: str = "auto"  # ATTENTION; "auto" = the fastest that honours segments, by platform
-    logprob_chunk: int = 1024  # tokens whose logits exist at once, on each device
+    logprob_chunk: int = 512  # tokens whose logits exist at once, on each device
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))

@@ -6,6 +6,10 @@ per token, the ranking loss per group. Imports nothing of ours.
 Axis letters: B batch row, T position, D model, V vocabulary, S segment, G group, R candidate.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,46 +17,110 @@ SumWeight = tuple[jax.Array, jax.Array]
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int = 1024
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk_size: int = 512
 ) -> jax.Array:
     """log softmax(hidden @ head)[targets], without ever holding the [B, T, V] logits.
 
-    Scans over chunks of positions, the same of every row, and recomputes each chunk's logits in the
-    backward pass: about chunk_size * V logits exist at once. Rows that lie on several devices stay
-    where they are.
+    Goes through chunks of positions, the same of every row, so that about chunk_size * V logits
+    exist at once; rows that lie on several devices stay where they are. Differentiated, no product
+    is wasted: where the head is not (frozen), the forward pass keeps
+
+      d logprob / d hidden = head[:, target] - sum_v softmax_v head[:, v]     [B, T, D]
+
+    instead of the hidden states, and the backward pass only scales it. Where the head is trained as
+    well, each chunk's logits are computed again, and the head's gradient is added up in float32.
 
     Args:
-      hidden: [B, T, D], any float dtype; the matmul runs in it and accumulates in float32.
+      hidden: [B, T, D], any float dtype; matmuls run in it and accumulate in float32.
       head: [D, V].
-      targets: [B, T] int32 in [0, V).
+      targets: [B, T] int32 in [0, V); another gives NaN.
       chunk_size: tokens per chunk, of all B rows; at least one position of each is taken.
 
     Returns:
       [B, T] float32.
     """
     rows, length = targets.shape
-    width = min(max(chunk_size // rows, 1), length)  # positions in a chunk
-    num_chunks = -(-length // width)
-    pad = num_chunks * width - length
+    return _token_logprobs(hidden, head, targets, min(max(chunk_size // rows, 1), length))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logprobs(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, width: int
+) -> jax.Array:
     head = head.astype(hidden.dtype)
 
-    @jax.checkpoint
-    def chunk_logprobs(chunk_hidden: jax.Array, chunk_targets: jax.Array) -> jax.Array:
-        logits = jnp.matmul(chunk_hidden, head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, chunk_targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+    def chunk(_: None, x: jax.Array, y: jax.Array) -> tuple[None, jax.Array]:
+        return None, _softmax(x, head, y)[0]
 
-    if num_chunks == 1:
-        return chunk_logprobs(hidden, targets)
+    return _scan_chunks(chunk, None, (hidden, targets), width)[1]
 
-    def chunks(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, width, ...]
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(rows, num_chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
-    _, stacked = jax.lax.scan(
-        lambda _, chunk: (None, chunk_logprobs(*chunk)), None, (chunks(hidden), chunks(targets))
-    )
-    return stacked.swapaxes(0, 1).reshape(rows, -1)[:, :length]
+def _logprobs_forward(hidden: Any, head: Any, targets: Any, width: int) -> tuple[jax.Array, Any]:
+    trained, (hidden, head, targets) = head.perturbed, (hidden.value, head.value, targets.value)
+    if trained:
+        return _token_logprobs(hidden, head, targets, width), (hidden, head, targets)
+    head = head.astype(hidden.dtype)
+
+    def chunk(_: None, x: jax.Array, y: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        logprobs, slope = _softmax(x, head, y)
+        return None, (logprobs, slope.astype(x.dtype) @ head.T)
+
+    return _scan_chunks(chunk, None, (hidden, targets), width)[1]
+
+
+def _logprobs_backward(width: int, saved: Any, dy: jax.Array) -> tuple[Any, Any, None]:
+    if not isinstance(saved, tuple):  # d logprob / d hidden
+        return (dy[..., None] * saved).astype(saved.dtype), None, None
+    hidden, head, targets = saved
+    weights = head.astype(hidden.dtype)
+
+    def chunk(dhead: jax.Array, x: jax.Array, y: jax.Array, dy: jax.Array) -> Any:
+        slope = (dy[..., None] * _softmax(x, weights, y)[1]).astype(x.dtype)  # [B, width, V]
+        dhead += jnp.einsum("btd,btv->dv", x, slope, preferred_element_type=jnp.float32)
+        return dhead, slope @ weights.T
+
+    zeros = jnp.zeros(head.shape, jnp.float32)
+    dhead, dhidden = _scan_chunks(chunk, zeros, (hidden, targets, dy), width)
+    return dhidden, dhead.astype(head.dtype), None
+
+
+_token_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
+
+
+def _softmax(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(logprobs [...] of the targets, their derivative by the logits [..., V]), float32."""
+    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    hit = targets[..., None] == jnp.arange(logits.shape[-1])
+    top = logits.max(-1, keepdims=True)
+    powers = jnp.exp(logits - top)
+    total = powers.sum(-1, keepdims=True)
+    chosen = jnp.where(hit, logits, 0.0).sum(-1)
+    chosen = jnp.where(hit.any(-1), chosen, jnp.nan)
+    return chosen - (top + jnp.log(total))[..., 0], hit - powers / total
+
+
+def _scan_chunks(
+    function: Callable[..., tuple[Any, Any]], carry: Any, arrays: tuple[jax.Array, ...], width: int
+) -> tuple[Any, Any]:
+    """(carry, results) of function(carry, *chunks) over arrays [B, T, ...], `width` positions each.
+
+    The last chunk is filled up with zeros.
+    """
+    rows, length = arrays[0].shape[:2]
+    count = -(-length // width)
+    if count == 1:
+        return function(carry, *arrays)
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, width, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * width - length)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(rows, count, width, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(rows, count * width, *x.shape[3:])[:, :length]
+
+    chunks = tuple(map(cut, arrays))
+    carry, results = jax.lax.scan(lambda carry, chunk: function(carry, *chunk), carry, chunks)
+    return carry, jax.tree.map(join, results)
 
 
 def cross_entropy(logprobs: jax.Array, where: jax.Array) -> SumWeight:

@@ -157,7 +157,9 @@ def predicted_seconds(job: Job, candidate: Candidate) -> float:
         "dots": attention,
         "none": 0.0,
     }[candidate.remat]
-    flops = job.model_flops(candidate) + tokens * (again + 2.0 * head)
+    if not job.settings.optimizer.freeze_embeddings:
+        again += 2.0 * head  # the logits
+    flops = job.model_flops(candidate) + tokens * again
     data, fsdp, parts = candidate.mesh
     share = (fsdp - 1) / fsdp
     # Weights are gathered in bfloat16 forward and backward, gradients are reduced in float32.

@@ -147,8 +147,12 @@ def logprob_inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(rng.integers(0, 29, (2, 13)))
 
 
+@pytest.mark.parametrize("differentiated", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("chunk_size", [1, 7, 26, 1000])
-def test_token_logprobs_are_log_softmax_whatever_the_chunk(chunk_size: int) -> None:
+def test_token_logprobs_are_log_softmax_whatever_the_chunk(
+    chunk_size: int, differentiated: tuple[int, ...]
+) -> None:
+    """Also by the hidden states alone, the head frozen, where another backward pass runs."""
     hidden, head, targets = logprob_inputs()
     weights = jnp.linspace(-1.0, 2.0, 26).reshape(2, 13)
 
@@ -162,11 +166,12 @@ def test_token_logprobs_are_log_softmax_whatever_the_chunk(chunk_size: int) -> N
         return (weights * chosen).sum(), chosen
 
     def derive(function: Any) -> Any:
-        run = jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))
+        run = jax.jit(jax.value_and_grad(function, argnums=differentiated, has_aux=True))
         (_, chosen), gradients = run(hidden, head)
         return {"logprobs": chosen, "gradients": gradients}
 
     assert_close(derive(chunked), derive(plain))
+    assert_close(chunked(hidden, head), plain(hidden, head))  # and where nothing is
 
 
 def array_sizes(jaxpr: Any) -> set[int]:
@@ -179,8 +184,9 @@ def array_sizes(jaxpr: Any) -> set[int]:
     return sizes
 
 
+@pytest.mark.parametrize("differentiated", [(0,), (0, 1)])
 @pytest.mark.parametrize("chunk_size", [4, 16, 64])
-def test_logits_exist_for_one_chunk_only(chunk_size: int) -> None:
+def test_logits_exist_for_one_chunk_only(chunk_size: int, differentiated: tuple[int, ...]) -> None:
     """Forward and backward: no array reaches [B T, V]; in a chunk of all tokens it would."""
     tokens, dim, vocabulary = 64, 4, 1009
     hidden, head = jnp.ones((2, tokens // 2, dim)), jnp.ones((dim, vocabulary))
@@ -189,12 +195,36 @@ def test_logits_exist_for_one_chunk_only(chunk_size: int) -> None:
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
         return token_logprobs(hidden, head, targets, chunk_size=chunk_size).sum()
 
-    largest = max(array_sizes(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head).jaxpr))
+    gradient = jax.grad(loss, argnums=differentiated)
+    largest = max(array_sizes(jax.make_jaxpr(gradient)(hidden, head).jaxpr))
     assert largest == max(chunk_size, dim) * vocabulary
-    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
+    memory = jax.jit(gradient).lower(hidden, head).compile()
     logits_bytes = 4 * tokens * vocabulary
     temporary = memory.memory_analysis().temp_size_in_bytes
     assert (temporary >= logits_bytes) == (chunk_size == tokens)
+
+
+def products(jaxpr: Any) -> int:
+    """How many matrix products a jaxpr has, inner ones included, a loop's body once."""
+    found = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+    for parameter in jax.tree.leaves([eqn.params for eqn in jaxpr.eqns]):
+        inner = getattr(parameter, "jaxpr", parameter)
+        found += products(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+@pytest.mark.parametrize(("differentiated", "number"), [((0,), 2), ((0, 1), 4)])
+def test_a_frozen_head_costs_no_product_twice(
+    differentiated: tuple[int, ...], number: int
+) -> None:
+    """Two as with full logits; trained: full logits take three, and chunks compute theirs again."""
+    hidden, head, targets = logprob_inputs()
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return token_logprobs(hidden, head, targets, chunk_size=8).sum()
+
+    gradient = jax.make_jaxpr(jax.grad(loss, argnums=differentiated))(hidden, head)
+    assert products(gradient.jaxpr) == number
 
 
 def test_logprobs_of_bfloat16_are_float32() -> None:
