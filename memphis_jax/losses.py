@@ -8,7 +8,7 @@ Axis letters: B batch row, T position, D model, V vocabulary, S segment, G group
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ def token_logprobs(
       d logprob / d hidden = head[:, target] - sum_v softmax_v head[:, v]     [B, T, D]
 
     instead of the hidden states, and the backward pass only scales it. Where the head is trained as
-    well, each chunk's logits are computed again, and the head's gradient is added up in float32.
+    well, the logits of several chunks are computed again, and the head's gradient is added up in
+    float32.
 
     Args:
       hidden: [B, T, D], any float dtype; matmuls run in it and accumulate in float32.
@@ -55,27 +56,41 @@ def _token_logprobs(
     return _scan_chunks(chunk, None, (hidden, targets), width)[1]
 
 
-def _logprobs_forward(hidden: Any, head: Any, targets: Any, width: int) -> tuple[jax.Array, Any]:
-    trained, (hidden, head, targets) = head.perturbed, (hidden.value, head.value, targets.value)
+class _Saved(NamedTuple):
+    """For the backward pass; what it does not need is None."""
+
+    dhidden: jax.Array | None = None  # [B, T, D], of logprobs: the head is frozen
+    slope: jax.Array | None = None  # [B, T, V], of logprobs by logits: one chunk has all positions
+    inputs: tuple[jax.Array, ...] = ()
+
+
+def _logprobs_forward(hidden: Any, head: Any, targets: Any, width: int) -> tuple[jax.Array, _Saved]:
+    trained, inputs = head.perturbed, (hidden.value, head.value, targets.value)
+    hidden, head, targets = inputs
+    weights = head.astype(hidden.dtype)
+    if trained and width == targets.shape[1]:
+        logprobs, slope = _softmax(hidden, weights, targets)
+        return logprobs, _Saved(slope=slope, inputs=inputs)
     if trained:
-        return _token_logprobs(hidden, head, targets, width), (hidden, head, targets)
-    head = head.astype(hidden.dtype)
+        return _token_logprobs(hidden, head, targets, width), _Saved(inputs=inputs)
 
     def chunk(_: None, x: jax.Array, y: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        logprobs, slope = _softmax(x, head, y)
-        return None, (logprobs, slope.astype(x.dtype) @ head.T)
+        logprobs, slope = _softmax(x, weights, y)
+        return None, (logprobs, slope.astype(x.dtype) @ weights.T)
 
-    return _scan_chunks(chunk, None, (hidden, targets), width)[1]
+    _, (logprobs, dhidden) = _scan_chunks(chunk, None, (hidden, targets), width)
+    return logprobs, _Saved(dhidden)
 
 
-def _logprobs_backward(width: int, saved: Any, dy: jax.Array) -> tuple[Any, Any, None]:
-    if not isinstance(saved, tuple):  # d logprob / d hidden
-        return (dy[..., None] * saved).astype(saved.dtype), None, None
-    hidden, head, targets = saved
+def _logprobs_backward(width: int, saved: _Saved, dy: jax.Array) -> tuple[Any, Any, None]:
+    if saved.dhidden is not None:
+        return (dy[..., None] * saved.dhidden).astype(saved.dhidden.dtype), None, None
+    hidden, head, targets = saved.inputs
     weights = head.astype(hidden.dtype)
 
     def chunk(dhead: jax.Array, x: jax.Array, y: jax.Array, dy: jax.Array) -> Any:
-        slope = (dy[..., None] * _softmax(x, weights, y)[1]).astype(x.dtype)  # [B, width, V]
+        slope = _softmax(x, weights, y)[1] if saved.slope is None else saved.slope
+        slope = (dy[..., None] * slope).astype(x.dtype)  # [B, width, V]
         dhead += jnp.einsum("btd,btv->dv", x, slope, preferred_element_type=jnp.float32)
         return dhead, slope @ weights.T
 

@@ -213,15 +213,18 @@ def products(jaxpr: Any) -> int:
     return found
 
 
-@pytest.mark.parametrize(("differentiated", "number"), [((0,), 2), ((0, 1), 4)])
-def test_a_frozen_head_costs_no_product_twice(
-    differentiated: tuple[int, ...], number: int
+@pytest.mark.parametrize(
+    ("differentiated", "chunk_size", "number"),
+    [((0,), 8, 2), ((0,), 26, 2), ((0, 1), 8, 4), ((0, 1), 26, 3)],
+)
+def test_only_chunks_of_a_trained_head_cost_a_product_twice(
+    differentiated: tuple[int, ...], chunk_size: int, number: int
 ) -> None:
-    """Two as with full logits; trained: full logits take three, and chunks compute theirs again."""
+    """Full logits take two, and three with a head that trains."""
     hidden, head, targets = logprob_inputs()
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return token_logprobs(hidden, head, targets, chunk_size=8).sum()
+        return token_logprobs(hidden, head, targets, chunk_size=chunk_size).sum()
 
     gradient = jax.make_jaxpr(jax.grad(loss, argnums=differentiated))(hidden, head)
     assert products(gradient.jaxpr) == number
