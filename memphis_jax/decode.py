@@ -1,11 +1,17 @@
 """What sampling runs on the device: prompts into a KV cache, rows of it decoded, tokens drawn.
 
-A row of the cache holds one sequence, its token at position p in slot p, so that rows may be of any
-age. While a block of tokens is decoded the cache is only read: new keys and values go to a small
-buffer, at the same place for all rows, which is put into the rows' own slots when the block ends.
+The cache is paged (arXiv 2309.06180): a row holds one sequence, in as many pages as its length
+needs, wherever they lie, so that rows may be of any age and none pays for another's length. Every
+page is attended to by the row that owns it, and a row's pages are then put together. A page's slots
+hold keys that are rotated already: a token's slot need not be its position. A prompt begins at
+slot 0, what is drawn at the next multiple of the block: blocks never straddle pages.
 
-Axis letters: B row, G prompt, T new token, P prompt position, S cache slot, N heads, K kv-heads, R
-query heads per kv-head, H head dim, V vocabulary, L layer.
+While a block of tokens is decoded the cache is only read: new keys and values go to a small
+buffer, at the same place for all rows, which is put into the rows' pages when the block ends.
+
+Axis letters: B row, G prompt, T new token, W prompt position, Q device, P page of a device, S slot
+of a page, M page of a row, N heads, K kv-heads, R query heads per kv-head, H head dim, V
+vocabulary, L layer. A device's rows and pages are numbered from 0.
 """
 
 from functools import partial
@@ -16,11 +22,12 @@ import jax.numpy as jnp
 
 from memphis_jax.model import Block, StableLM, causal_attention, project
 
+PAGE = 32  # slots
 TOP_P_STEPS = 24  # bisection steps: the cut is exact to 2^-24 of the largest probability
 
 
 class LayerCache(NamedTuple):
-    key: jax.Array  # [B, K, S, H]
+    key: jax.Array  # [Q, P, K, S, H]
     value: jax.Array
 
 
@@ -28,24 +35,23 @@ class Cache(NamedTuple):
     layers: tuple[LayerCache, ...]  # one by one: read in place, where a stack would be copied
     logits: jax.Array  # [B, V] float32, of each row's next token
 
-    @property
-    def num_slots(self) -> int:
-        return self.layers[0].key.shape[2]
-
 
 class Rows(NamedTuple):
     """What the host knows of the rows in the cache."""
 
-    length: Any  # [B] int32, slots that are filled
-    drawn: Any  # [B] int32, tokens drawn so far
+    length: Any  # [B] int32, tokens so far
+    drawn: Any  # [B] int32, those that are not of the prompt
     keys: Any  # [B, 2] uint32
     done: Any  # [B] bool, nothing is drawn for them
+    pages: Any  # [B, M] int32, of the row, in order; P where it has no more
+    owner: Any  # [Q, P] int32, row of the page; any if none
+    rank: Any  # [Q, P] int32, the page's place among the row's
 
 
 class Prompts(NamedTuple):
     """Prompts that were computed, to be copied into rows."""
 
-    key: jax.Array  # [G, L, K, P, H]
+    key: jax.Array  # [G, L, K, W, H]
     value: jax.Array
     logits: jax.Array  # [G, V] float32
 
@@ -92,7 +98,7 @@ def sample_tokens(
 
 @partial(jax.jit, static_argnames="dtype")
 def prefill(model: StableLM, tokens: jax.Array, lengths: jax.Array, *, dtype: str) -> Prompts:
-    """tokens [G, P] int32, right-padded, of lengths [G] -> their cache and next logits."""
+    """tokens [G, W] int32, right-padded, of lengths [G] -> their cache and next logits."""
     rotary = model.rotary(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
 
     def attend(
@@ -109,14 +115,22 @@ def prefill(model: StableLM, tokens: jax.Array, lengths: jax.Array, *, dtype: st
 
 
 @partial(jax.jit, donate_argnames="cache")
-def insert(cache: Cache, prompts: Prompts, source: jax.Array, target: jax.Array) -> Cache:
+def insert(
+    cache: Cache, prompts: Prompts, source: jax.Array, target: jax.Array, pages: jax.Array
+) -> Cache:
     """Copies prompts[source] into rows `target`, both [any number] int32; targets >= B are dropped.
 
-    Slots after the prompt keep what they held: a row's length says what is seen.
+    pages [number, pages of the longest prompt]: the row's, on its device; those >= P are dropped.
+    What lies behind the prompt is not seen: a row's length says so.
     """
+    devices = cache.layers[0].key.shape[0]
+    device = target * devices // len(cache.logits)
 
     def put(into: jax.Array, new: jax.Array, number: int) -> jax.Array:
-        return into.at[target, :, : new.shape[3]].set(new[source, number], mode="drop")
+        new = new[source, number]  # [number, K, W, H]
+        new = jnp.pad(new, ((0, 0), (0, 0), (0, -new.shape[2] % PAGE), (0, 0)))
+        new = new.reshape(*new.shape[:2], -1, PAGE, new.shape[3]).swapaxes(1, 2)
+        return into.at[device[:, None], pages].set(new, mode="drop")
 
     layers = tuple(
         LayerCache(put(layer.key, prompts.key, i), put(layer.value, prompts.value, i))
@@ -125,10 +139,10 @@ def insert(cache: Cache, prompts: Prompts, source: jax.Array, target: jax.Array)
     return Cache(layers, cache.logits.at[target].set(prompts.logits[source], mode="drop"))
 
 
-def empty(model: StableLM, batch_size: int, num_slots: int, dtype: str) -> Cache:
-    """A cache of zeros."""
+def empty(model: StableLM, batch_size: int, devices: int, num_pages: int, dtype: str) -> Cache:
+    """A cache of zeros with `num_pages` on every device."""
     config = model.config
-    shape = (batch_size, config.num_key_value_heads, num_slots, config.head_dim)
+    shape = (devices, num_pages, config.num_key_value_heads, PAGE, config.head_dim)
     layers = tuple(
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         for _ in range(config.num_hidden_layers)
@@ -136,15 +150,13 @@ def empty(model: StableLM, batch_size: int, num_slots: int, dtype: str) -> Cache
     return Cache(layers, jnp.zeros((batch_size, config.vocab_size)))
 
 
-@partial(jax.jit, static_argnames="num_slots")
-def resize(cache: Cache, *, num_slots: int) -> Cache:
-    """The cache with more slots, or without its last ones."""
-
-    def change(x: jax.Array) -> jax.Array:
-        more = max(0, num_slots - x.shape[2])
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))[:, :, :num_slots]
-
-    return cache._replace(layers=jax.tree.map(change, cache.layers))
+@jax.jit
+def resize(cache: Cache, rows: jax.Array, pages: jax.Array) -> Cache:
+    """The cache of these rows [Q, any number] and pages [Q, any number] of each device."""
+    pick = jax.vmap(lambda of, chosen: of[chosen])
+    logits = pick(cache.logits.reshape(len(rows), -1, cache.logits.shape[1]), rows)
+    layers = jax.tree.map(lambda layer: pick(layer, pages), cache.layers)
+    return Cache(layers, logits.reshape(-1, logits.shape[2]))
 
 
 @partial(
@@ -165,12 +177,14 @@ def decode(
 ) -> tuple[Cache, jax.Array]:
     """Draws `num_tokens` more tokens per row: (cache, tokens [B, num_tokens]; EOS after the end).
 
-    Rows that are not done need num_tokens free slots.
+    Rows that are not done need a page for them. num_tokens, the same in all calls, divides PAGE.
     """
     blocks = _unstack(model)
-    slots = cache.num_slots
-    seen = jnp.arange(slots) < rows.length[:, None]  # [B, S]
-    buffer = jax.tree.map(lambda x: jnp.zeros_like(x[:, :, :num_tokens]), cache.layers)
+    start = -(-(rows.length - rows.drawn) // num_tokens) * num_tokens  # of what is drawn
+    seen = _seen(rows, start)
+    config = model.config
+    shape = (len(rows.length), config.num_key_value_heads, num_tokens, config.head_dim)
+    buffer = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), cache.layers)
     State = tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]
 
     def step(state: State, at: jax.Array) -> tuple[State, jax.Array]:
@@ -178,22 +192,45 @@ def decode(
         step_keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.drawn + at)
         tokens = sample_tokens(logits, step_keys, temperature=temperature, top_p=top_p)
         tokens = jnp.where(done, eos_id, tokens)
-        block_seen = jnp.broadcast_to(jnp.arange(num_tokens) <= at, (len(tokens), num_tokens))
-        mask = jnp.concatenate([seen, block_seen], axis=1)
         x, written = model.embed(tokens[:, None], dtype), []
         rotary = model.rotary((rows.length + at)[:, None])
         for block, old, new in zip(blocks, cache.layers, buffer, strict=True):
-            x, new = block(x, rotary, partial(_attend, old, new, at, mask))
+            x, new = block(x, rotary, partial(_attend, old, new, at, seen, rows))
             written.append(new)
         logits = project(model.norm(x[:, 0]), model.head())
         return (logits, done | (tokens == eos_id), tuple(written)), tokens
 
     state = (cache.logits, rows.done, buffer)
     (logits, _, buffer), tokens = jax.lax.scan(step, state, jnp.arange(num_tokens))
-    start = jnp.minimum(rows.length, slots - num_tokens)
-    put = jax.vmap(lambda into, new, at: jax.lax.dynamic_update_slice(into, new, (0, at, 0)))
-    layers = jax.tree.map(lambda into, new: put(into, new, start), cache.layers, buffer)
+    layers = jax.tree.map(partial(_put, rows, start + rows.drawn), cache.layers, buffer)
     return Cache(layers, logits), tokens.T
+
+
+def _by_device(x: jax.Array, rows: Rows) -> jax.Array:
+    """[B, ...] -> [Q, B / Q, ...]."""
+    return x.reshape(len(rows.owner), -1, *x.shape[1:])
+
+
+def _seen(rows: Rows, start: jax.Array) -> jax.Array:
+    """Which slots hold tokens of the page's owner, bool [Q, P, S]; start [B]: of what is drawn."""
+
+    def of_pages(x: jax.Array) -> jax.Array:  # [B] -> [Q, P, 1]
+        return jnp.take_along_axis(_by_device(x, rows), rows.owner, axis=1)[..., None]
+
+    slot = rows.rank[..., None] * PAGE + jnp.arange(PAGE)
+    drawn = (slot >= of_pages(start)) & (slot < of_pages(start + rows.drawn))
+    return drawn | (slot < of_pages(rows.length - rows.drawn))
+
+
+def _put(rows: Rows, slot: jax.Array, into: jax.Array, new: jax.Array) -> jax.Array:
+    """A block's keys or values new [B, K, T, H] in the rows' slots [B]; into [Q, P, K, S, H]."""
+    length = new.shape[2]
+    parts = into.reshape(*into.shape[:3], -1, length, into.shape[4])  # [Q, P, K, S / T, T, H]
+    page = jnp.take_along_axis(rows.pages, slot[:, None] // PAGE, axis=1)[:, 0]
+    page = jnp.where(rows.done, into.shape[1], page)  # dropped
+    put = jax.vmap(lambda to, page, part, x: to.at[page, :, part].set(x, mode="drop"))
+    of_devices = (_by_device(x, rows) for x in (page, slot % PAGE // length, new))
+    return put(parts, *of_devices).reshape(into.shape)
 
 
 def _unstack(model: StableLM) -> list[Block]:
@@ -206,27 +243,61 @@ def _attend(
     old: LayerCache,
     new: LayerCache,
     at: jax.Array,
-    mask: jax.Array,
+    seen: jax.Array,
+    rows: Rows,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
-    """One query per row over the cache and the block's buffer, into which it writes at `at`.
+    """One query per row over its pages and the block's buffer, into which it writes at `at`.
 
-    old [B, K, S, H], new [B, K, T, H], mask [B, S + T], q [B, 1, N, H], k and v [B, 1, K, H].
+    old [Q, P, K, S, H], new [B, K, T, H], seen [Q, P, S], q [B, 1, N, H], k and v [B, 1, K, H].
     """
     batch, _, heads, dim = q.shape
-    start = (0, 0, at, 0)
+    place = (0, 0, at, 0)
     new = LayerCache(
-        jax.lax.dynamic_update_slice(new.key, k.swapaxes(1, 2), start),
-        jax.lax.dynamic_update_slice(new.value, v.swapaxes(1, 2), start),
+        jax.lax.dynamic_update_slice(new.key, k.swapaxes(1, 2), place),
+        jax.lax.dynamic_update_slice(new.value, v.swapaxes(1, 2), place),
     )
     grouped = q.reshape(batch, k.shape[2], -1, dim)  # [B, K, R, H]
-    product = partial(jnp.einsum, "bkrh,bksh->bkrs", preferred_element_type=jnp.float32)
-    scores = jnp.concatenate([product(grouped, old.key), product(grouped, new.key)], axis=-1)
-    scores = jnp.where(mask[:, None, None], scores * dim**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    slots = old.key.shape[2]
-    out = jnp.einsum("bkrs,bksh->bkrh", weights[..., :slots], old.value)
-    out += jnp.einsum("bkrs,bksh->bkrh", weights[..., slots:], new.value)
+    block_seen = jnp.arange(new.key.shape[2]) <= at
+    of_devices = jax.tree.map(lambda x: _by_device(x, rows), (grouped, new, rows.pages))
+    attend = jax.vmap(partial(paged_attention, block_seen))
+    out = attend(*of_devices, old, rows.owner, seen)
     return out.reshape(batch, 1, heads, dim), new
+
+
+def paged_attention(
+    block_seen: jax.Array,
+    q: jax.Array,
+    new: LayerCache,
+    pages: jax.Array,
+    old: LayerCache,
+    owner: jax.Array,
+    seen: jax.Array,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over a row's pages and its block, float32 softmax.
+
+    block_seen [T], q [B, K, R, H], new [B, K, T, H], pages [B, M], old [P, K, S, H], owner [P],
+    seen [P, S] -> [B, K, R, H]. A page's part of the sums is computed where it lies, as in
+    flash-decoding: only queries and these parts are copied, never keys.
+    """
+    product = partial(jnp.einsum, "bkrh,bksh->bkrs", preferred_element_type=jnp.float32)
+    old_scores = jnp.where(seen[:, None, None], product(q[owner], old.key), -jnp.inf)
+    new_scores = jnp.where(block_seen, product(q, new.key), -jnp.inf)
+
+    def of_rows(x: jax.Array, fill: float) -> jax.Array:  # [P, ...] -> [B, M, ...]
+        return x.at[pages].get(mode="fill", fill_value=fill)
+
+    highest = of_rows(old_scores.max(-1), -jnp.inf).max(1)  # [B, K, R]
+    highest = jnp.maximum(highest, new_scores.max(-1))
+
+    def sums(scores: jax.Array, highest: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
+        weights = jnp.exp((scores - highest[..., None]) * q.shape[-1] ** -0.5)
+        out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(q.dtype), value)
+        return weights.sum(-1, keepdims=True), out.astype(jnp.float32)
+
+    parts = sums(old_scores, highest[owner], old.value)
+    block = sums(new_scores, highest, new.value)
+    total, out = (of_rows(x, 0).sum(1) + y for x, y in zip(parts, block, strict=True))
+    return (out / total).astype(q.dtype)

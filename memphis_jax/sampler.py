@@ -1,13 +1,12 @@
 """Batched sampling with a KV cache in JAX: the embedded generator, and the check on other engines.
 
-A fixed number of rows is decoded in blocks of tokens; between blocks the host looks for the stop
-text, and a row that has ended is given to the next prompt. Samples of the same prompt share its
-computation. What is drawn for a row depends on its key and its own tokens alone, never on the batch
-or on when its turn came.
+Rows are decoded in blocks of tokens; between blocks the host looks for the stop text, and a row
+that has ended is given to the next prompt or, when there is none, the batch becomes smaller.
+Samples of the same prompt share its computation. What is drawn for a row depends on its key and
+its own tokens alone, never on the batch or on when its turn came.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -17,11 +16,10 @@ import numpy as np
 
 from memphis_jax import decode
 from memphis_jax.model import StableLM
+from memphis_jax.pool import BLOCK, Pool, Row, least_rows, num_pages
 
 PROMPT_MULTIPLE = 32  # prompt lengths are padded to it, so that few shapes are compiled
 PROMPTS = 16  # different prompts computed at once
-BLOCK = 8  # tokens decoded between two looks of the host
-LEAST_SLOTS = 128  # of a row; then doubled, so that few shapes are compiled
 
 
 class Completion(NamedTuple):
@@ -29,31 +27,17 @@ class Completion(NamedTuple):
     finish_reason: str  # "stop" (EOS or stop text) or "length"
 
 
-@dataclass
-class _Row:
-    """A sequence that is being decoded."""
-
-    index: int  # of its prompt
-    prompt_length: int
-    limit: int  # max_new_tokens
-    tokens: list[int] = field(default_factory=list)
-    drawn: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.prompt_length + self.drawn
-
-    def take(
-        self, new: list[int], eos_id: int, stops: Callable[[list[int]], bool]
-    ) -> Completion | None:
-        """Adds a block of tokens; what became of the row, if that ended it."""
-        self.drawn += len(new)
-        tokens = self.tokens + (new[: new.index(eos_id)] if eos_id in new else new)
-        self.tokens = tokens[: self.limit]
-        ended = eos_id in new and len(tokens) < self.limit  # EOS counts as a new token
-        if ended or stops(self.tokens):
-            return Completion(self.tokens, "stop")
-        return Completion(self.tokens, "length") if len(tokens) >= self.limit else None
+def _take(
+    row: Row, new: list[int], eos_id: int, stops: Callable[[list[int]], bool]
+) -> Completion | None:
+    """Adds a block of tokens; what became of the row, if that ended it."""
+    row.drawn += len(new)
+    tokens = row.tokens + (new[: new.index(eos_id)] if eos_id in new else new)
+    row.tokens = tokens[: row.limit]
+    ended = eos_id in new and len(tokens) < row.limit  # EOS counts as a new token
+    if ended or stops(row.tokens):
+        return Completion(row.tokens, "stop")
+    return Completion(row.tokens, "length") if len(tokens) >= row.limit else None
 
 
 def sample(
@@ -105,46 +89,46 @@ def stream(
     """
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     lengths = [len(prompt) for prompt in prompts]
-    most_slots = _most_slots(model, lengths, limits, pad)
     group = _group_size(model, batch_size)
     waiting = _prefilled(model, prompts, group, pad, spread, dtype)
-    places: list[_Row | None] = [None] * batch_size
-    cache = spread(decode.empty(model, batch_size, min(LEAST_SLOTS, most_slots), dtype))
+    most_pages = _most_pages(model, lengths, limits)
+    pool = Pool(batch_size, _devices(model), most_pages, least_rows(model))
+    cache = spread(decode.empty(model, batch_size, pool.devices, pool.num_pages, dtype))
     while True:
-        free = [place for place, row in enumerate(places) if row is None]
-        arrived = list(zip(free, waiting, strict=False))
-        for place, (index, _, _) in arrived:
-            places[place] = _Row(index, lengths[index], limits[index])
-        live = [(place, row) for place, row in enumerate(places) if row is not None]
-        if not live:
+        arrived = [
+            (Row(index, lengths[index], limits[index], place), computed, source)
+            for place, (index, computed, source) in zip(pool.free(), waiting, strict=False)
+        ]
+        pool.rows += [row for row, _, _ in arrived]
+        if not pool.rows:
             return
-        needed = max(max(pad(row.prompt_length), row.length + BLOCK) for _, row in live)
-        cache = _fit(cache, needed, most_slots)
-        cache = _insert(cache, arrived, group, batch_size, spread)
+        if change := pool.fit():
+            cache = decode.resize(cache, *spread(change))
+        cache = _insert(cache, arrived, group, pool, spread)
         cache, block = decode.decode(
             model,
             cache,
-            spread(_rows(live, keys, batch_size)),
+            spread(pool.arrays(keys)),
             num_tokens=BLOCK,
             temperature=temperature,
             top_p=top_p,
             eos_id=eos_id,
             dtype=dtype,
         )
-        drawn, finished = np.asarray(block).tolist(), []
-        for place, row in live:
-            if completion := row.take(drawn[place], eos_id, stops):
+        drawn, live, finished = np.asarray(block).tolist(), [], []
+        for row in pool.rows:
+            if completion := _take(row, drawn[row.place], eos_id, stops):
                 finished.append((row.index, completion))
-                places[place] = None
+            else:
+                live.append(row)
+        pool.rows = live
         if finished:
             on_progress(len(finished), sum(len(done.tokens) for _, done in finished))
         yield from finished
 
 
-def _most_slots(
-    model: StableLM, lengths: Sequence[int], limits: Sequence[int], pad: Callable[[int], int]
-) -> int:
-    """Slots in which every prompt and its tokens fit."""
+def _most_pages(model: StableLM, lengths: Sequence[int], limits: Sequence[int]) -> int:
+    """Of the longest prompt with its tokens."""
     most, allowed = 0, model.config.max_position_embeddings
     for length, limit in zip(lengths, limits, strict=True):
         if length + limit > allowed:
@@ -152,13 +136,17 @@ def _most_slots(
                 f"a prompt of {length} tokens and max_new_tokens = {limit} exceed the "
                 f"model's max_position_embeddings = {allowed}"
             )
-        most = max(most, pad(length) + -(-limit // BLOCK) * BLOCK)
+        most = max(most, num_pages(length, limit))
     return most
+
+
+def _devices(model: StableLM) -> int:
+    return len(jax.tree.leaves(model)[0].sharding.device_set)
 
 
 def _group_size(model: StableLM, batch_size: int) -> int:
     """Prompts computed at once: about PROMPTS, and as many on every device."""
-    devices = len(jax.tree.leaves(model)[0].sharding.device_set)
+    devices = _devices(model)
     return min(batch_size, -(-PROMPTS // devices) * devices)
 
 
@@ -183,45 +171,28 @@ def _prefilled(
         yield from ((i, computed, place) for place, run in enumerate(chosen) for i in run)
 
 
-def _fit(cache: decode.Cache, needed: int, most: int) -> decode.Cache:
-    """The cache with at least `needed` slots per row."""
-    slots = LEAST_SLOTS
-    while slots < needed:
-        slots *= 2
-    slots = min(slots, most)
-    return cache if slots == cache.num_slots else decode.resize(cache, num_slots=slots)
-
-
 def _insert(
     cache: decode.Cache,
-    arrived: Sequence[tuple[int, tuple[int, decode.Prompts, int]]],
+    arrived: Sequence[tuple[Row, decode.Prompts, int]],
     group: int,
-    batch_size: int,
+    pool: Pool,
     spread: Callable[[Any], Any],
 ) -> decode.Cache:
     """Copies computed prompts to the rows that they were given, `group` at a time."""
-    for _, same in groupby(arrived, key=lambda one: id(one[1][1])):
-        rows = [(computed, source, target) for target, (_, computed, source) in same]
+    for _, same in groupby(arrived, key=lambda one: id(one[1])):
+        rows = list(same)
         for start in range(0, len(rows), group):
             part = rows[start : start + group]
-            source, target = np.zeros(group, np.int32), np.full(group, batch_size, np.int32)
-            source[: len(part)] = [source for _, source, _ in part]
-            target[: len(part)] = [target for _, _, target in part]
-            cache = decode.insert(cache, part[0][0], *spread((source, target)))
+            computed = part[0][1]
+            width = -(-computed.key.shape[3] // decode.PAGE)
+            source, target = np.zeros(group, np.int32), np.full(group, pool.size, np.int32)
+            pages = np.full((group, width), pool.num_pages, np.int32)
+            for at, (row, _, place) in enumerate(part):
+                source[at], target[at] = place, row.place
+                kept = row.pages[:width]
+                pages[at, : len(kept)] = kept
+            cache = decode.insert(cache, computed, *spread((source, target, pages)))
     return cache
-
-
-def _rows(live: Sequence[tuple[int, _Row]], keys: np.ndarray, batch_size: int) -> decode.Rows:
-    rows = decode.Rows(
-        length=np.zeros(batch_size, np.int32),
-        drawn=np.zeros(batch_size, np.int32),
-        keys=np.zeros((batch_size, 2), np.uint32),
-        done=np.ones(batch_size, bool),
-    )
-    for place, row in live:
-        rows.length[place], rows.drawn[place] = row.length, row.drawn
-        rows.keys[place], rows.done[place] = keys[row.index], False
-    return rows
 
 
 def row_keys(seed: int, rows: Sequence[tuple[int, int]]) -> np.ndarray:
