@@ -127,9 +127,34 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], dim)  # [B, T, K, R, H]
     scores = jnp.einsum("btkrh,bksh->bkrts", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * dim**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkrts,bksh->btkrh", weights, v)
-    return out.reshape(batch, length, heads, dim)
+    return jnp.moveaxis(_softmax_values(scores, v), 3, 1).reshape(batch, length, heads, dim)
+
+
+@jax.custom_vjp
+def _softmax_values(scores: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(scores [B, K, R, T, S]) v [B, K, S, H] -> [B, K, R, T, H] in v's dtype.
+
+    Its own gradient, for the sum over keys in a softmax's: sum_s p_s dp_s = out . dout, over H
+    numbers instead of S (FlashAttention, arXiv 2205.14135, appendix B.2).
+    """
+    return _softmax_values_forward(scores, v)[0]
+
+
+def _softmax_values_forward(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("bkrts,bksh->bkrth", weights.astype(v.dtype), v)
+    return out, (weights, v, out)
+
+
+def _softmax_values_backward(saved: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights, v, out = saved
+    inner = (out.astype(jnp.float32) * dout).sum(-1, keepdims=True)
+    dweights = jnp.einsum("bkrth,bksh->bkrts", dout, v, preferred_element_type=jnp.float32)
+    dv = jnp.einsum("bkrts,bkrth->bksh", weights.astype(v.dtype), dout)
+    return weights * (dweights - inner), dv
+
+
+_softmax_values.defvjp(_softmax_values_forward, _softmax_values_backward)
 
 
 def causal_attention(
