@@ -5,7 +5,9 @@ fall free, the batch is halved again and again; pages follow what is in use. Siz
 is compiled, and below a floor that `floors` sets a smaller cache would save less than it costs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import jax
@@ -77,22 +79,22 @@ class Pool:
 
     def fit(self) -> Change | None:
         """Gives all rows the pages for their next block; how the cache must change before that."""
-        rows = self._rows_for(max(map(len, self._by_device())))
-        used = (sum(row.pages_needed for row in some) for some in self._by_device())
-        pages = self._pages_for(rows, max(used))
+        devices = self._by_device()
+        needed = [[row.pages_needed for row in some] for some in devices]
+        rows = self._rows_for(max(map(len, devices)))
+        pages = self._pages_for(rows, max(map(sum, needed)))
         fits = (rows * self.devices, pages) == (self.size, self.num_pages)
-        change = None if fits else self._change(rows, pages)
-        for some in self._by_device():
+        change = None if fits else self._change(devices, rows, pages)
+        for some, numbers in zip(devices, needed, strict=True):
             taken = {page for row in some for page in row.pages}
-            free = (page for page in range(self.num_pages) if page not in taken)
-            for row in some:
-                row.pages += [next(free) for _ in range(row.pages_needed - len(row.pages))]
+            free = (page for page in range(pages) if page not in taken)
+            for row, number in zip(some, numbers, strict=True):
+                row.pages += islice(free, number - len(row.pages))
         return change
 
     def arrays(self, keys: np.ndarray) -> Rows:
         """What the device is told; keys [number of prompts, 2] uint32."""
-        size, each = self.size, self.size // self.devices
-        width = _size(self.most_pages)
+        size, each, width = self.size, self.size // self.devices, _size(self.most_pages)
         arrays = Rows(
             length=np.zeros(size, np.int32),
             drawn=np.zeros(size, np.int32),
@@ -102,13 +104,16 @@ class Pool:
             owner=np.zeros((self.devices, self.num_pages), np.int32),
             rank=np.zeros((self.devices, self.num_pages), np.int32),
         )
+        places = [row.place for row in self.rows]
+        arrays.length[places] = [row.prompt_length + row.drawn for row in self.rows]
+        arrays.drawn[places] = [row.drawn for row in self.rows]
+        arrays.keys[places] = keys[[row.index for row in self.rows]]
+        arrays.done[places] = False
         for row in self.rows:
-            arrays.length[row.place] = row.prompt_length + row.drawn
-            arrays.drawn[row.place] = row.drawn
-            arrays.keys[row.place], arrays.done[row.place] = keys[row.index], False
             arrays.pages[row.place, : len(row.pages)] = row.pages
-            arrays.owner[row.place // each, row.pages] = row.place % each
-            arrays.rank[row.place // each, row.pages] = range(len(row.pages))
+        place, rank = np.nonzero(arrays.pages < self.num_pages)
+        page = place // each, arrays.pages[place, rank]
+        arrays.owner[page], arrays.rank[page] = place % each, rank
         return arrays
 
     def _by_device(self) -> list[list[Row]]:
@@ -133,10 +138,10 @@ class Pool:
             return _size(used)
         return min(self.num_pages, max(_size(used + used // 4), self._least_pages(rows)))
 
-    def _change(self, rows: int, pages: int) -> Change:
+    def _change(self, devices: Sequence[Sequence[Row]], rows: int, pages: int) -> Change:
         """Rows and pages move to the front of their device."""
         change = Change(*(np.zeros((self.devices, n), np.int32) for n in (rows, pages)))
-        for device, some in enumerate(self._by_device()):
+        for device, some in enumerate(devices):
             old = [page for row in some for page in row.pages]
             new = iter(range(len(old)))
             change.pages[device, : len(old)] = old
