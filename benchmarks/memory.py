@@ -255,7 +255,7 @@ def fit_table() -> dict[str, Any]:
     columns = ("GiB of a chip", *(f"{rows} rows" for rows in ROWS), "most rows")
     note = (
         f"A chip has {limit / 2**30:.2f} GiB: more than that does not fit. ~: Adalite's and the "
-        "moments. All logits at once are one chunk, recomputed like the others."
+        "moments. All logits at once are one chunk: with a frozen head nothing of it stays either."
     )
     title = f"SFT step of the 3B on {SLICE}, by rows of 4096 tokens on each chip"
     return table(title, columns, table_rows, note)
