@@ -261,8 +261,7 @@ def _attend(
     )
     grouped = q.reshape(batch, k.shape[2], -1, dim)  # [B, K, R, H]
     block_seen = jnp.arange(new.key.shape[2]) <= at
-    own = jax.tree.map(lambda x: _by_device(x, rows), (grouped, new, rows.pages))
-    queries, block, pages = own
+    queries, block, pages = jax.tree.map(lambda x: _by_device(x, rows), (grouped, new, rows.pages))
     attend = jax.vmap(partial(paged_attention, block_seen))
     out = attend(queries, block, pages, old, rows.owner, seen)
     return out.reshape(batch, 1, heads, dim), new

@@ -14,8 +14,10 @@ from reference_models import make_hf
 from scipy import stats
 
 from convert import load_hf
+from memphis_jax import sampler
 from memphis_jax.decode import sample_tokens, top_p_mask
 from memphis_jax.model import StableLM
+from memphis_jax.pool import Pool
 from memphis_jax.sampler import Completion, row_keys, sample
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
@@ -105,6 +107,33 @@ def test_rows_do_not_depend_on_their_batch(model: StableLM) -> None:
     order = [5, 2, 0, 6, 1, 4, 3]
     shuffled = draw(model, [prompts[i] for i in order], keys=keys[order], batch_size=3, **options)
     assert shuffled == [together[i] for i in order]
+
+
+def test_a_batch_that_is_halved_draws_the_same(
+    model: StableLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of 3 to 100 tokens: rows and pages move while the batch runs empty."""
+    prompts = prompts_of((1, 5, 9, 20, 33, 40, 47, 64, 65, 70, 90), 97)
+    options: dict[str, Any] = {
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "max_new_tokens": [3, 100, 9, 17, 60, 8, 33, 5, 80, 12, 41],
+        "batch_size": 8,
+    }
+    constant = draw(model, prompts, **options)
+    sizes = []
+
+    def fit(pool: Pool) -> Any:
+        change = Pool.fit(pool)
+        sizes.append((pool.size, pool.num_pages))
+        return change
+
+    monkeypatch.setattr(sampler, "least_rows", lambda _: 1)
+    monkeypatch.setattr(sampler, "Pool", type("Watched", (Pool,), {"fit": fit}))
+    assert draw(model, prompts, **options) == constant
+    assert [size for size, _ in sizes] == sorted((size for size, _ in sizes), reverse=True)
+    assert {8, 4, 2, 1} == {size for size, _ in sizes}
+    assert len({pages for _, pages in sizes}) > 2
 
 
 def test_keys_make_the_samples(model: StableLM) -> None:
