@@ -143,6 +143,7 @@ def _softmax_values(scores: jax.Array, v: jax.Array) -> jax.Array:
 def _softmax_values_forward(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
     weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bkrts,bksh->bkrth", weights.astype(v.dtype), v)
+    out = checkpoint_name(out, "attention")  # here, where it is also a residual
     return out, (weights, v, out)
 
 
@@ -175,8 +176,7 @@ def causal_attention(
         if segment_ids is not None:
             mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
         outputs.append(masked_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], mask))
-    out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-    return checkpoint_name(out, "attention")
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 class Ops(NamedTuple):

@@ -127,7 +127,7 @@ def test_flops_of_the_real_step_by_policy(remat: str) -> None:
         "attention": 3 * 2 * (layer - down) + 3 * attention // 2,  # the weights alone
         "full": 3 * 2 * (layer - down) + 3 * attention,
     }[remat]
-    head = 2 * dim * 512 * 3  # forward, again in its chunk, gradient of its input
+    head = 2 * dim * 512 * 2  # forward, and the derivative by its input with it
     assert jaxpr_flops(traced.jaxpr.jaxpr) == tokens * (3 * forward + again + head)
 
 

@@ -157,6 +157,8 @@ def test_the_hub_gives_the_same_rows_at_the_pinned_commit(tmp_path: Path) -> Non
             env={
                 **os.environ,
                 **patient,
+                "HF_HUB_OFFLINE": "0",  # another test of this process may have set it
+                "HF_DATASETS_OFFLINE": "0",
                 "HF_ENDPOINT": address,
                 "HF_HOME": str(tmp_path / "home"),
             },
