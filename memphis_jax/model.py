@@ -198,11 +198,21 @@ class Ops(NamedTuple):
 ONE_DEVICE = Ops()
 
 
+_policies = jax.checkpoint_policies
+# Attention's output and what its backward pass needs: named by our kernels, jax's own for cuDNN.
+_ATTENTION = _policies.save_from_both_policies(
+    _policies.save_only_these_names("attention"),
+    lambda primitive, *_, **params: (
+        primitive.name.startswith("dot_product_attention_fwd") and params["is_training"]
+    ),
+)
 # What is kept for the backward pass, by the name of the policy (config.REMAT).
 POLICIES: dict[str, Any] = {
     "full": None,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _ATTENTION,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
 }
 
 

@@ -123,8 +123,8 @@ def test_flops_of_the_real_step_by_policy(remat: str) -> None:
     forward = 3 * (2 * layer + attention)
     again = {
         "none": 0,
-        "dots": 3 * attention,  # not a plain product: recomputed
-        "attention": 3 * 2 * (layer - down) + 3 * attention // 2,  # the weights alone
+        "dots": 3 * attention // 2,  # the weights alone
+        "attention": 3 * 2 * (layer - down) + 3 * attention // 2,
         "full": 3 * 2 * (layer - down) + 3 * attention,
     }[remat]
     head = 2 * dim * 512 * 2  # forward, and the derivative by its input with it
