@@ -2,18 +2,20 @@
 
 Every measurement is a process of its own: a batch that does not fit must not spoil the next one.
 Micro-batches are doubled until one does not fit; the fastest of each engine is then measured again,
-in turns. --log keeps every process's figures and is read again: a run that was cut off goes on.
+in turns. --quick takes one micro-batch of each instead, --minutes ends before a lease does. --log
+keeps every process's figures and is read again: a run that was cut off goes on.
 """
 
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_case import SEQ_LEN, Case
+from benchmarks.gpu_case import ATTENTION_ROWS, Case
 from benchmarks.harness import (
     REPO,
     Served,
@@ -29,17 +31,17 @@ from memphis_jax.plan_cost import model_flops
 
 ABOUT = "GPU: the 3B, bfloat16 compute"
 INSTALL = "pip install 'memphis-jax[cuda12]' on a machine with one, or --tiny to try the script"
-ENGINES = {
-    f"JAX, attention {attention}, remat {remat}": Case("jax", attention=attention, remat=remat)
-    for attention in ("auto", "xla")
-    for remat in ("full", "attention")
-} | {
-    "torch + flash": Case("torch"),
-    "torch + flash, compiled": Case("torch compiled"),
+ENGINES = {  # with the micro-batch that --quick takes
+    "JAX, remat dots": Case("jax", rows=4, remat="dots"),
+    "torch + flash, compiled": Case("torch compiled", rows=4, remat="full"),
+    "torch + flash": Case("torch", rows=4, remat="full"),
+    "torch + flash, compiled, nothing recomputed": Case("torch compiled", rows=1, remat="none"),
+    "JAX, remat full": Case("jax", rows=8, remat="full"),
 }
 SAMPLERS = {"JAX sampler": Case("jax"), "transformers generate": Case("torch")}
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SEQUENCES = 128
+TEXTS = (1, 10, 40)  # in a row: a size of cuDNN's packed layout each, and the mask as a bias
 # Dense bfloat16 FLOP/s by JAX's name of the card. https://www.nvidia.com/en-us/data-center/h100/
 # and its A100 and H200 pages, which print twice that, with sparsity.
 PEAKS = {
@@ -55,24 +57,33 @@ Figures = dict[str, Any]  # of a process: speed, peak_bytes, device; or error
 def main(argv: list[str]) -> None:
     add = (options := parser("gpu", __doc__, repeats=3)).add_argument
     add("--tiny", action="store_true", help="the same on a CPU with a tiny model: a rehearsal")
+    add("--quick", action="store_true", help="no search, one turn: about 12 minutes")
+    add("--minutes", type=float, default=1e6, help="no process is started after them")
     add("--log", type=Path, default=REPO / "runs" / "gpu.jsonl", help="figures of every process")
     args = options.parse_args(argv)
-    before, log = machine(), Log(args.log)
+    repeats = 1 if args.quick else args.repeats
+    before, log = machine(), Log(args.log, args.minutes)
     ceiling = log.measure(Case("ceiling", tiny=args.tiny))
     if "error" in ceiling:
         print(f"benchmarks gpu: {ceiling['error']}; {INSTALL}", file=sys.stderr)
         sys.exit(2)
     tables = []
-    for phase in SEQ_LEN:
+    for phase in ("sft", "rank"):
         cases = {n: c._replace(phase=phase, tiny=args.tiny) for n, c in ENGINES.items()}
-        found = {name: search(log, case) for name, case in cases.items()}
+        single = args.tiny or args.quick
+        found = {name: search(log, case, single) for name, case in cases.items()}
         best = {name: case for name, tried in found.items() if (case := fastest(tried))}
-        speeds = log.turns(best, args.repeats)
+        speeds = log.turns(best, repeats)
         tables.append(step_table(phase, best, speeds, log, ceiling))
         tables.append(search_table(phase, found))
-    sampled = {"phase": "sample", "rows": 4 if args.tiny else SEQUENCES, "tiny": args.tiny}
-    cases = {name: case._replace(**sampled) for name, case in SAMPLERS.items()}
-    tables.append(sample_table(cases, log, args.repeats))
+        if phase == "sft":
+            rows = 4 if args.tiny else SEQUENCES
+            samplers = {
+                n: c._replace(phase="sample", rows=rows, tiny=args.tiny)
+                for n, c in SAMPLERS.items()
+            }
+            tables.append(sample_table(samplers, log, repeats))
+    tables.append(attention_table(log, args.tiny))
     before["versions"]["gpu"] = ceiling["device"]
     finish(args, "gpu", ABOUT, before, tables, ceiling_flops=ceiling["speed"])
 
@@ -80,14 +91,17 @@ def main(argv: list[str]) -> None:
 class Log:
     """Figures by (commit, case, turn), kept in a file of JSON lines; what is there is not run."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, minutes: float):
         self._path, self._commit = path, machine()["commit"]
+        self._end = time.monotonic() + 60 * minutes
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         self._kept = {line["key"]: line["figures"] for line in map(json.loads, lines)}
 
     def measure(self, case: Case, turn: int = 0) -> Figures:
         key = self.key(case, turn)
+        if key not in self._kept and time.monotonic() > self._end:
+            return {"error": "not run: --minutes had passed"}
         if key not in self._kept:
             self._kept[key] = run(case)
             with self._path.open("a") as file:
@@ -123,10 +137,10 @@ def run(case: Case) -> Figures:
         return {"error": str(error)[-100:]}
 
 
-def search(log: Log, case: Case) -> dict[Case, Figures]:
-    """Micro-batches, doubled until one fails."""
+def search(log: Log, case: Case, single: bool) -> dict[Case, Figures]:
+    """Micro-batches, doubled until one fails; or the case's own alone."""
     tried: dict[Case, Figures] = {}
-    for rows in MICRO_BATCHES[: 1 if case.tiny else None]:
+    for rows in (case.rows,) if single else MICRO_BATCHES:
         one = case._replace(rows=rows)
         tried[one] = log.measure(one)
         if "error" in tried[one]:
@@ -152,7 +166,7 @@ def step_table(
         rows.append(
             (
                 name,
-                f"{case.tokens // case.seq_len} x {case.seq_len}",
+                f"{case.micro_batches} x {case.micro_tokens // case.seq_len} x {case.seq_len}",
                 spread(values),
                 ratio(values, torch) if torch else "-",
                 f"{flops / peak:.1%}" if peak else "-",
@@ -160,7 +174,15 @@ def step_table(
                 gigabytes(log.measure(case)),
             )
         )
-    columns = ("engine", "rows", "tokens/s", "x torch", "MFU", "of matmul ceiling", "peak GB")
+    columns = (
+        "engine",
+        "micro-batches x rows",
+        "tokens/s",
+        "x torch",
+        "MFU",
+        "of matmul ceiling",
+        "peak GB",
+    )
     known = f"{peak / 1e12:,.1f}" if peak else f"not known for {ceiling['device']}"
     measured = f"{ceiling['speed'] / 1e12:,.1f}"
     note = f"TFLOP/s of bfloat16: datasheet {known}, a square matmul here {measured}."
@@ -178,8 +200,9 @@ def search_table(phase: str, found: dict[str, dict[Case, Figures]]) -> dict[str,
         for case, one in tried.items():
             speed = one.get("error") or f"{one['speed']:,.0f}"
             memory = "" if "error" in one else gigabytes(one)
-            rows.append((name, f"{case.tokens:,}", speed, memory))
-    return table(f"{phase} step: micro-batches", ("engine", "tokens", "tokens/s", "peak GB"), rows)
+            rows.append((name, f"{case.micro_tokens:,}", speed, memory))
+    columns = ("engine", "tokens of a micro-batch", "tokens/s", "peak GB")
+    return table(f"{phase} step: micro-batches", columns, rows)
 
 
 def sample_table(cases: dict[str, Case], log: Log, repeats: int) -> dict[str, Any]:
@@ -191,3 +214,13 @@ def sample_table(cases: dict[str, Case], log: Log, repeats: int) -> dict[str, An
         rows.append((name, str(case.rows), *cells))
     columns = ("sampling, bfloat16", "sequences", "tokens/s", "peak GB")
     return table("Sampling, random weights", columns, rows)
+
+
+def attention_table(log: Log, tiny: bool) -> dict[str, Any]:
+    rows = []
+    for texts in TEXTS:
+        figures = log.measure(Case("jax", "attention", texts, tiny=tiny))
+        cell = figures.get("error") or f"{1e3 / figures['speed']:.2f}"
+        rows.append((str(texts), cell, "" if "error" in figures else gigabytes(figures)))
+    columns = ("texts in a row", "ms, forward and backward", "peak GB")
+    return table(f"Attention of one layer, {ATTENTION_ROWS} rows", columns, rows)

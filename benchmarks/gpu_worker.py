@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from benchmarks import gpu_case, gpu_torch, harness
 from benchmarks.gpu_case import Case, sampling, speed
 from memphis_jax.config import ComputeConfig, OptimizerConfig, PhaseConfig
@@ -37,8 +39,11 @@ def describe(error: Exception) -> str:
 
 def prepare(case: Case) -> tuple[Measure, dict[str, Any]]:
     """(what measures once, what is known after the warm-up: device, peak_bytes)."""
-    jax_side = {"sft": jax_train, "rank": jax_train, "sample": jax_sample, "": jax_ceiling}
     torch_side = {"sft": gpu_torch.train, "rank": gpu_torch.train, "sample": gpu_torch.sample}
+    jax_side = {
+        **{"sft": jax_train, "rank": jax_train, "sample": jax_sample},
+        **{"attention": jax_attention, "": jax_ceiling},
+    }
     return (torch_side if case.engine.startswith("torch") else jax_side)[case.phase](case)
 
 
@@ -89,14 +94,15 @@ def jax_train(case: Case) -> tuple[Measure, dict[str, Any]]:
     mesh = make_mesh(devices=[device])
     settings = PhaseConfig(
         epochs=1,
-        batch_size=case.rows,
+        batch_size=case.rows * case.micro_batches,
+        accumulation=case.micro_batches,
         seq_len=case.seq_len,
         mixce_eta=gpu_case.MIXCE_ETA,
         neftune_alpha=gpu_case.NEFTUNE_ALPHA,
         rank_weight=gpu_case.RANK_WEIGHT,
         optimizer=OptimizerConfig(learning_rate=gpu_case.LEARNING_RATE),
     )
-    compute = ComputeConfig("bfloat16", remat=case.remat, attention=case.attention)
+    compute = ComputeConfig("bfloat16", remat=case.remat)
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda k: StableLM(case.model, k), key)
     model = jax.jit(lambda k: StableLM(case.model, k), out_shardings=state_sharding(shapes, mesh))(
@@ -107,7 +113,8 @@ def jax_train(case: Case) -> tuple[Measure, dict[str, Any]]:
         make_step(case.phase, settings, compute, 1000, mesh),
     )
     del model  # the step donates the state, which holds it
-    arrays = global_batch({k: v[None] for k, v in gpu_case.batch(case).items()}, mesh, 0)
+    micro = gpu_case.batches(case)
+    arrays = global_batch({k: np.stack([one[k] for one in micro]) for k in micro[0]}, mesh, 0)
 
     def step() -> None:
         nonlocal state
@@ -120,6 +127,45 @@ def jax_train(case: Case) -> tuple[Measure, dict[str, Any]]:
         step()
     finish()
     return lambda: speed(step, finish, case.tokens), jax_about(device)
+
+
+def jax_attention(case: Case) -> tuple[Measure, dict[str, Any]]:
+    """Calls a second, forward and backward, of the kernel that compute.attention = "auto" picks."""
+    import jax
+    import jax.numpy as jnp
+
+    from memphis_jax.attention import pick_attention
+    from memphis_jax.sharding import make_mesh
+
+    device, model, length = jax_device(case), case.model, case.seq_len
+    heads, head_dim = model.num_attention_heads, model.head_dim
+    attention = pick_attention(
+        "auto",
+        device.platform,
+        make_mesh(devices=[device]),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        seq_len=length,
+    )
+    ids = jnp.arange(length) * case.rows // length + 1  # texts of equal lengths
+    ids = jnp.broadcast_to(ids, (gpu_case.ATTENTION_ROWS, length))
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, pull_back = jax.vjp(lambda *args: attention(*args, ids), q, k, v)
+        return pull_back(out)
+
+    step_fn = jax.jit(gradients)
+    shape = (*ids.shape, heads, head_dim)
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    found = jax.block_until_ready(step_fn(*qkv))
+
+    def step() -> None:
+        nonlocal found
+        found = step_fn(*qkv)
+
+    return lambda: speed(step, lambda: jax.block_until_ready(found), 1), jax_about(device)
 
 
 def jax_sample(case: Case) -> tuple[Measure, dict[str, Any]]:

@@ -27,7 +27,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Ar
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}  # the one that each kernel is written for
 BLOCKS = (512, 384, 256, 128)  # positions in a tile of splash; 512 is what MaxText uses
 CUDNN_HEAD_DIM = 128  # the most that a GPU before Hopper takes
-CUDNN_SEGMENTS = 16  # of a row, padding counted, that the packed layout has room for
+CUDNN_SEGMENTS = (2, 16)  # of a row, padding counted: sizes of the packed layout, rising
 BATCH = ("data", "fsdp")  # mesh axes over which rows are split
 
 
@@ -202,10 +202,10 @@ def splash_attention(
 def cudnn_attention(mesh: Mesh) -> Attention:
     """cuDNN's fused attention under shard_map.
 
-    From Hopper on, rows of at most CUDNN_SEGMENTS segments take its packed layout, which computes
-    no score across segments; its backward pass needs CUDNN_SEGMENTS * T * N * H float32 per row.
-    Other rows, and older GPUs, give it the mask as a bias [B, 1, T, T] in q's dtype, about three
-    times slower at T = 4096 (docs/performance.md).
+    From Hopper on, rows of few segments take its packed layout, which computes no score across
+    segments; its backward pass writes most * T * N * H float32 per row, `most` the first of
+    CUDNN_SEGMENTS that has room. Other rows, and older GPUs, give it the mask as a bias
+    [B, 1, T, T] in q's dtype, which is several times slower at T = 4096 (docs/performance.md).
     """
     major = str(getattr(mesh.devices.flat[0], "compute_capability", "0")).partition(".")[0]
 
@@ -214,18 +214,22 @@ def cudnn_attention(mesh: Mesh) -> Attention:
     ) -> jax.Array:
         if segment_ids is None:
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        branches = [partial(_biased, segment_ids=segment_ids)]
         if int(major) < 9:
-            return _biased(q, k, v, segment_ids)
-        starts, lengths = segment_runs(segment_ids, CUDNN_SEGMENTS)
-        fits = (starts[:, -1] < 0).all()
-        few = partial(_packed, starts=starts, lengths=lengths)
-        return jax.lax.cond(fits, few, partial(_recomputed, ids=segment_ids), q, k, v)
+            return branches[0](q, k, v)
+        starts, lengths = segment_runs(segment_ids, max(CUDNN_SEGMENTS))
+        count = (starts >= 0).sum(axis=1).max()
+        for most in reversed(CUDNN_SEGMENTS):
+            runs = starts[:, :most], lengths[:, :most]
+            branches.insert(0, partial(_packed, starts=runs[0], lengths=runs[1]))
+        level = sum((count > most).astype(jnp.int32) for most in CUDNN_SEGMENTS)
+        return jax.lax.switch(level, branches, q, k, v)
 
     return _sharded(mesh, attend)
 
 
 def segment_runs(segment_ids: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Where the runs of equal ids [B, T] begin [B, most + 1], and their lengths [B, most]; int32.
+    """Where the first runs of equal ids [B, T] begin [B, most + 1], and lengths [B, most]; int32.
 
     Padding is a run like others. -1 stands where there is none: the last start is another number
     only in a row of more than `most` runs.
@@ -239,44 +243,30 @@ def segment_runs(segment_ids: jax.Array, most: int) -> tuple[jax.Array, jax.Arra
 
 
 def _packed(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, lengths: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, *, starts: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-    """Every run of `segment_runs` a sequence of its own. jax.nn does not offer this layout."""
+    """Every run [B, most] a sequence of its own: a layout that jax.nn does not offer."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    starts = starts.at[:, -1].set(-1)
+    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)  # one more is asked for
     out: jax.Array = dot_product_attention(
         q,
         k,
         v,
         q_seqlen=lengths,
         kv_seqlen=lengths,
-        q_offsets=starts,
-        kv_offsets=starts,
+        q_offsets=offsets,
+        kv_offsets=offsets,
         scale=q.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL,
     )
     return out
 
 
-def _biased(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _biased(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array) -> jax.Array:
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, T]
     mask = same & jnp.tri(q.shape[1], dtype=bool)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-
-
-@jax.custom_vjp
-def _recomputed(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-    """`_biased` that keeps its arguments alone: a branch not taken must not cost memory."""
-    return _biased(q, k, v, ids)
-
-
-def _recomputed_backward(saved: Any, dout: jax.Array) -> tuple[Any, Any, Any, None]:
-    *heads, ids = saved
-    return *jax.vjp(lambda q, k, v: _biased(q, k, v, ids), *heads)[1](dout), None
-
-
-_recomputed.defvjp(lambda *args: (_biased(*args), args), _recomputed_backward)
 
 
 def _sharded(mesh: Mesh, attend: Attention) -> Attention:

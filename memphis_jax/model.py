@@ -107,13 +107,27 @@ class Rotary:
         inverse_frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
         angles = positions[..., None, None].astype(jnp.float32) * inverse_frequency
         self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)  # [B, T, 1, dim / 2]
-        self.dim = dim
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, heads, H]
-        rotated, rest = x[..., : self.dim].astype(jnp.float32), x[..., self.dim :]
-        a, b = jnp.split(rotated, 2, axis=-1)
-        turned = jnp.concatenate([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1)
-        return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+        return _rotate(x, self.cos, self.sin)
+
+
+@jax.custom_vjp
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, T, heads, H] turned by angles [B, T, 1, dim / 2]; gradients are turned back.
+
+    Derived by jax, the gradient would be pads and sums of every slice.
+    """
+    half = cos.shape[-1]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], -1)
+
+
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+    lambda saved, dy: (_rotate(dy, saved[0], -saved[1]), None, None),
+)
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -202,9 +216,7 @@ _policies = jax.checkpoint_policies
 # Attention's output and what its backward pass needs: named by our kernels, jax's own for cuDNN.
 _ATTENTION = _policies.save_from_both_policies(
     _policies.save_only_these_names("attention"),
-    lambda primitive, *_, **params: (
-        primitive.name.startswith("dot_product_attention_fwd") and params["is_training"]
-    ),
+    lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
 )
 # What is kept for the backward pass, by the name of the policy (config.REMAT).
 POLICIES: dict[str, Any] = {
@@ -332,7 +344,8 @@ class StableLM(nnx.Module):
             return block(x, rotary, attend, ops.constrain)
 
         if remat != "none":
-            body = jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
+            # Without a loop between them, XLA would find what is computed again to be known.
+            body = jax.checkpoint(body, prevent_cse=ops.unroll > 1, policy=POLICIES[remat])
         return self.norm(jax.lax.scan(body, embeddings, self.layers, unroll=ops.unroll)[0])
 
     def head(self) -> jax.Array:

@@ -9,7 +9,8 @@ from memphis_jax.attention import pick_attention
 from memphis_jax.model import ONE_DEVICE, Ops
 from memphis_jax.sharding import constrain, lookup, num_shards
 
-CPU_UNROLL = 8  # layers; a loop would copy into and out of stacks
+# Layers in a turn of the loop on one device: a loop copies into and out of stacks.
+UNROLL = {"cpu": 8, "gpu": 32}
 
 
 def make_ops(mesh: Mesh | None, attention: str) -> Ops:
@@ -38,7 +39,7 @@ def make_ops(mesh: Mesh | None, attention: str) -> Ops:
         return kernel(q, k, v, segment_ids)
 
     if mesh.size == 1:
-        return Ops(attention=attend, unroll=CPU_UNROLL if platform == "cpu" else 1)
+        return Ops(attention=attend, unroll=UNROLL.get(platform, 1))
     return Ops(
         lookup=partial(lookup, mesh=mesh),
         constrain=partial(constrain, mesh=mesh),
