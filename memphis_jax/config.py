@@ -181,7 +181,7 @@ class StartConfig:
 # What of a layer's forward pass is kept for the backward pass, from most to least.
 REMAT = {
     "none": "everything",
-    "dots": "every matmul's result",
+    "dots": "every matmul's result and attention's",
     "attention": "the attention's output",
     "full": "nothing but the layer's input",
 }

@@ -127,10 +127,11 @@ def predicted_memory(job: Job, candidate: Candidate) -> float:
     width = 2 if job.config.compute.dtype == "bfloat16" else 4
     kv_dim = model.num_key_value_heads * model.head_dim
     products = dim + 2 * kv_dim + 2 * inner + 2 * dim  # q, k, v, gate, up, o_proj, down_proj
+    attended = dim + 2 * model.num_attention_heads  # and row sums
     kept = {
         "full": dim,
-        "attention": 2 * dim + 2 * model.num_attention_heads,
-        "dots": dim + products,
+        "attention": dim + attended,
+        "dots": dim + products + attended,
         "none": 26 * dim + products,  # fitted: norms and rotary keep float32
     }[candidate.remat]
     tokens = candidate.rows * length / parts
@@ -154,7 +155,7 @@ def predicted_seconds(job: Job, candidate: Candidate) -> float:
     again = {
         "full": 2.0 * layers * 0.78 + attention,  # all but down_proj's product
         "attention": 2.0 * layers * 0.78,
-        "dots": attention,
+        "dots": 0.0,
         "none": 0.0,
     }[candidate.remat]
     if not job.settings.optimizer.freeze_embeddings:
