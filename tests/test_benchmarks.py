@@ -62,18 +62,20 @@ def test_page_shows_results_in_order_and_names_what_never_ran(tmp_path: Path) ->
     assert machine()["processor"] in text
 
 
-PHASES = {"sft": 2, "rank": 2, "sample": 3}
+PHASES = {"sft": 2, "rank": 2, "sample": 3, "attention": 3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("engine", ["jax", "torch"])
+@pytest.mark.parametrize(
+    ("engine", "phase"),
+    [("jax", phase) for phase in PHASES]
+    + [("torch", phase) for phase in ("sft", "rank", "sample")],
+)
 def test_every_stage_of_the_gpu_script_runs_tiny(
-    phase: str, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: str, phase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    options = {"attention": "auto", "remat": "attention"} if engine == "jax" else {}
-    measure, about = gpu_worker.prepare(Case(engine, phase, PHASES[phase], **options, tiny=True))
+    measure, about = gpu_worker.prepare(Case(engine, phase, PHASES[phase], "full", tiny=True))
     assert measure() > 0
     assert about == {"device": "cpu", "peak_bytes": None}
 
@@ -89,9 +91,9 @@ def test_torch_minimises_what_the_trainer_does() -> None:
     rng = np.random.default_rng(0)
     for phase in ("sft", "rank"):
         case = Case("torch", phase, 2, tiny=True)
-        arrays = gpu_case.batch(case)
+        arrays = gpu_case.batch(case, seed=0)
         assert (arrays["segment_ids"] == 1).all()  # a full row for every text
-        assert arrays["tokens"].size == case.tokens
+        assert arrays["tokens"].size == case.micro_tokens
         logits = rng.standard_normal((*arrays["tokens"].shape, 512), "float32")
         tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
         theirs = gpu_torch.loss(torch.from_numpy(logits), tensors, phase)
@@ -124,21 +126,21 @@ def test_gpu_without_one_says_so_in_a_line() -> None:
 
 def test_gpu_tables_of_a_full_log_start_no_process(tmp_path: Path) -> None:
     """Micro-batches grow until one fails, the fastest runs in turns, MFU is by the formula."""
-    log = gpu.Log(tmp_path / "log.jsonl")
+    log = gpu.Log(tmp_path / "log.jsonl", minutes=0)
 
     def keep(case: Case, turn: int = 0, **figures: object) -> None:
         kept = {"device": "NVIDIA H100 80GB HBM3", "peak_bytes": 40e9, **figures}
         with (tmp_path / "log.jsonl").open("a") as file:
             file.write(json.dumps({"key": log.key(case, turn), "figures": kept}) + "\n")
 
-    case = Case("jax", "sft", attention="auto", remat="full")
+    case = Case("jax", "sft", remat="full")
     keep(case._replace(rows=1), speed=10_000.0)
     keep(case._replace(rows=2), speed=30_000.0)
     keep(case._replace(rows=2), 1, speed=32_000.0)
     keep(case._replace(rows=2), 2, speed=31_000.0)
     keep(case._replace(rows=4), error="out of memory")
-    log = gpu.Log(tmp_path / "log.jsonl")
-    tried = gpu.search(log, case)
+    log = gpu.Log(tmp_path / "log.jsonl", minutes=0)
+    tried = gpu.search(log, case, single=False)
     assert [one.rows for one in tried] == [1, 2, 4]
     best = gpu.fastest(tried)
     assert best is not None and best.rows == 2
@@ -148,9 +150,10 @@ def test_gpu_tables_of_a_full_log_start_no_process(tmp_path: Path) -> None:
     # 6 x 2,537,881,600 + 4 x 128,778,240 + 6 x 32 x 4096 x 2560 FLOP per token, 31,000 a second
     per_token = 6 * 2_537_881_600 + 4 * 128_778_240 + 6 * 32 * 4096 * 2560
     mfu = per_token * 31_000 / 989.4e12
-    assert row[:3] == ["JAX", "2 x 4096", "31,000 (30,000-32,000)"]
+    assert row[:3] == ["JAX", "8 x 2 x 4096", "31,000 (30,000-32,000)"]
     assert row[4:] == [f"{mfu:.1%}", f"{per_token * 31_000 / 700e12:.1%}", "40.0"]
     assert ["JAX", "16,384", "out of memory", ""] in gpu.search_table("sft", {"JAX": tried})["rows"]
+    assert log.measure(case._replace(rows=8)) == {"error": "not run: --minutes had passed"}
 
 
 @pytest.mark.slow
