@@ -80,7 +80,7 @@ def pick_attention(
     if name == "splash":
         return splash_attention(mesh, num_heads, seq_len)
     if name == "cudnn":
-        return cudnn_attention(mesh)
+        return cudnn_attention(mesh, mesh.devices.flat[0].compute_capability)
     raise ConfigError(
         f"compute.attention = {name!r} is not one of 'auto', 'xla', 'splash', 'cudnn'"
     )
@@ -199,15 +199,15 @@ def splash_attention(
     return _sharded(mesh, attention)
 
 
-def cudnn_attention(mesh: Mesh) -> Attention:
-    """cuDNN's fused attention under shard_map.
+def cudnn_attention(mesh: Mesh, capability: str) -> Attention:
+    """cuDNN's fused attention under shard_map, for GPUs of a compute capability, such as "9.0".
 
     From Hopper on, rows of few segments take its packed layout, which computes no score across
     segments; its backward pass writes most * T * N * H float32 per row, `most` the first of
     CUDNN_SEGMENTS that has room. Other rows, and older GPUs, give it the mask as a bias
     [B, 1, T, T] in q's dtype, which is several times slower at T = 4096 (docs/performance.md).
     """
-    major = str(getattr(mesh.devices.flat[0], "compute_capability", "0")).partition(".")[0]
+    hopper = float(capability) >= 9.0
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
@@ -215,7 +215,7 @@ def cudnn_attention(mesh: Mesh) -> Attention:
         if segment_ids is None:
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         branches = [partial(_biased, segment_ids=segment_ids)]
-        if int(major) < 9:
+        if not hopper:
             return branches[0](q, k, v)
         starts, lengths = segment_runs(segment_ids, max(CUDNN_SEGMENTS))
         count = (starts >= 0).sum(axis=1).max()

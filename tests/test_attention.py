@@ -1,5 +1,6 @@
 """Kernels of attention: equal to XLA's, refused where they cannot be, compiled for a TPU."""
 
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memphis_jax.attention import pick_attention, splash_attention
+from memphis_jax.attention import cudnn_attention, pick_attention, segment_runs, splash_attention
 from memphis_jax.config import ConfigError
 from memphis_jax.model import causal_attention
 from memphis_jax.plan_chips import parse_slice, slice_devices
@@ -173,3 +174,35 @@ def test_splash_compiles_for_a_v5e(policy: str | None, forward_kernels: int) -> 
     forward = [one for one in kernels if "splash_mha_fwd" in one]
     assert len(forward) == forward_kernels
     assert len(kernels) == forward_kernels + 2  # dq; dk and dv
+
+
+def test_segment_runs_by_hand() -> None:
+    """Padding is a run, an id that comes again another one; a last start says that more follow."""
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 1, 2, 2, 0]], jnp.int32)
+    starts, lengths = segment_runs(ids, 3)
+    assert starts.tolist() == [[0, 2, 5, -1], [0, -1, -1, -1], [0, 1, 2, 3]]
+    assert lengths.tolist() == [[2, 3, 1], [6, -1, -1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(("capability", "sizes"), [("8.0", []), ("9.0", [2, 16])])
+def test_cudnn_program_has_both_sizes_and_the_bias(
+    capability: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowered for CUDA here, where there is none: what jax's own functions are asked for."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_200)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: capability >= least)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    attention = cudnn_attention(cpu_mesh(), capability)
+    qkv = [jax.ShapeDtypeStruct((2, LENGTH, 4, 80), jnp.bfloat16)] * 3
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, packed_ids(2)).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @__cudnn\$fmha(\w+)\(.*?max_seg_per_batch\\22: (\d+)", text)
+    packed = [(name, size) for size in sizes for name in ("Softmax", "SoftmaxBackward")]
+    biased = [("ScaleBiasSoftmax", 1), ("ScaleBiasSoftmaxBackward", 1)]
+    assert sorted((name, int(size)) for name, size in calls) == sorted(packed + biased)

@@ -8,7 +8,8 @@ from reference_models import FAMILY, make_hf, reference_logits
 
 from convert import load_hf
 from memphis_jax.config import ConfigError, ModelConfig
-from memphis_jax.model import QUERY_CHUNK, StableLM, flatten
+from memphis_jax.model import ONE_DEVICE, QUERY_CHUNK, Rotary, StableLM, flatten
+from tests.helpers import TINY, assert_close
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
 
@@ -98,3 +99,31 @@ def test_unsupported_config_is_refused_by_name(field, change, shared):
     text = (shared / "data" / "stablelm" / "config.native.json").read_text()
     with pytest.raises(ConfigError, match=field):
         ModelConfig.from_hf({**json.loads(text), **change})
+
+
+def test_rotary_gradient_is_the_derivative():
+    """Against the rotation as a matrix [dim, dim] per position, which jax derives by itself."""
+    positions, dim = jnp.arange(5, dtype=jnp.int32)[None], 6
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 10))
+    dy = jax.random.normal(jax.random.key(1), x.shape)
+    rotary = Rotary(positions, dim, 100.0)
+    identity = jnp.eye(10)[None, None]  # [1, 1, 10, 10]: every dimension a head of its own
+    matrices = rotary(jnp.broadcast_to(identity, (1, 5, 10, 10)))  # [1, T, in, out]
+    _, back = jax.vjp(lambda x: jnp.einsum("btnh,bthg->btng", x, matrices), x)
+    _, ours = jax.vjp(rotary, x)
+    assert_close({"dx": ours(dy)[0]}, {"dx": back(dy)[0]})
+
+
+def test_remat_is_not_undone_where_layers_are_unrolled():
+    """XLA would see that what is computed again is known, and keep it after all."""
+    model = StableLM(ModelConfig(**TINY), jax.random.key(0))
+    x = jnp.zeros((1, 32, TINY["hidden_size"]))
+    positions = jnp.arange(32)[None]
+
+    def flops(remat):
+        ops = ONE_DEVICE._replace(unroll=TINY["num_hidden_layers"])
+        run = lambda m, x: m.hidden(x, positions, None, remat=remat, ops=ops).sum()  # noqa: E731
+        return jax.jit(jax.grad(run)).lower(model, x).compile().cost_analysis()["flops"]
+
+    # Of forward 1 and backward 2, all but down_proj's product is computed again.
+    assert flops("full") / flops("none") == pytest.approx(4 / 3, abs=0.1)
