@@ -166,6 +166,7 @@ def resize(cache: Cache, rows: jax.Array, pages: jax.Array) -> Cache:
 )
 def decode(
     model: StableLM,
+    unstacked: list[Block],
     cache: Cache,
     rows: Rows,
     *,
@@ -177,9 +178,9 @@ def decode(
 ) -> tuple[Cache, jax.Array]:
     """Draws `num_tokens` more tokens per row: (cache, tokens [B, num_tokens]; EOS after the end).
 
-    Rows that are not done need a page for them. num_tokens, the same in all calls, divides PAGE.
+    unstacked: `unstack(model)`; the model's stacked layers are not read. Rows that are not done
+    need a page for the tokens. num_tokens, the same in all calls, divides PAGE.
     """
-    blocks = _unstack(model)
     start = -(-(rows.length - rows.drawn) // num_tokens) * num_tokens  # of what is drawn
     seen = _seen(rows, start)
     config = model.config
@@ -194,7 +195,7 @@ def decode(
         tokens = jnp.where(done, eos_id, tokens)
         x, written = model.embed(tokens[:, None], dtype), []
         rotary = model.rotary((rows.length + at)[:, None])
-        for block, old, new in zip(blocks, cache.layers, buffer, strict=True):
+        for block, old, new in zip(unstacked, cache.layers, buffer, strict=True):
             x, new = block(x, rotary, partial(_attend, old, new, at, seen, rows))
             written.append(new)
         logits = project(model.norm(x[:, 0]), model.head())
@@ -233,8 +234,9 @@ def _put(rows: Rows, slot: jax.Array, into: jax.Array, new: jax.Array) -> jax.Ar
     return put(parts, *of_devices).reshape(into.shape)
 
 
-def _unstack(model: StableLM) -> list[Block]:
-    """The layers one by one."""
+@jax.jit
+def unstack(model: StableLM) -> list[Block]:
+    """The layers one by one, copied once and not in every `decode`."""
     number = model.config.num_hidden_layers
     return [jax.tree.map(lambda leaf, i=i: leaf[i], model.layers) for i in range(number)]
 

@@ -16,7 +16,7 @@ import numpy as np
 from memphis_jax.decode import PAGE, Rows
 from memphis_jax.model import StableLM
 
-BLOCK = 8  # tokens decoded between two looks of the host; divides PAGE
+BLOCK = 8  # tokens decoded between two looks of the host, of a small model; divides PAGE
 LEAST_PAGES = 2  # of a row on average, in use or not: fewer would be one more shape
 # Multiplications of a step that takes a few milliseconds. On an accelerator a batch takes as long
 # as one row until it is far larger than any here: there it is not halved.
@@ -36,15 +36,14 @@ class Row:
     drawn: int = 0
     pages: list[int] = field(default_factory=list)  # of its device
 
-    @property
-    def pages_needed(self) -> int:
+    def pages_needed(self, block: int) -> int:
         """With the next block."""
-        return num_pages(self.prompt_length, self.drawn + BLOCK)
+        return num_pages(self.prompt_length, self.drawn + block, block)
 
 
-def num_pages(prompt_length: int, new: int) -> int:
-    """What is drawn begins at the next multiple of BLOCK, in blocks."""
-    slots = -(-prompt_length // BLOCK) * BLOCK + -(-new // BLOCK) * BLOCK
+def num_pages(prompt_length: int, new: int, block: int) -> int:
+    """What is drawn begins at the next multiple of `block`, in blocks."""
+    slots = -(-prompt_length // block) * block + -(-new // block) * block
     return -(-slots // PAGE)
 
 
@@ -52,6 +51,15 @@ def least_rows(model: StableLM) -> int:
     """Below which a step of this model takes little time anyway."""
     work = FEW_MILLISECONDS.get(jax.default_backend(), OF_AN_ACCELERATOR)
     return work // sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def block_size(model: StableLM, batch_size: int) -> int:
+    """Tokens decoded between two looks of the host.
+
+    A row that ends in the middle of a block costs until its end: fewer, where the looks take
+    little beside the steps.
+    """
+    return BLOCK if batch_size <= least_rows(model) else BLOCK // 2
 
 
 class Change(NamedTuple):
@@ -65,10 +73,12 @@ class Pool:
     """The rows of a batch and the pages of every device. Row i is on device i * devices // size.
 
     most_pages: of the longest sequence. least_rows: of a device; the batch is not halved to fewer.
+    block: tokens that are decoded at once.
     """
 
-    def __init__(self, batch_size: int, devices: int, most_pages: int, least_rows: int):
+    def __init__(self, batch_size: int, devices: int, most_pages: int, least_rows: int, block: int):
         self.size, self.devices, self.most_pages = batch_size, devices, most_pages
+        self.block = block
         self.least_rows = max(least_rows, 1)
         self.rows: list[Row] = []
         self.num_pages = self._least_pages(batch_size // devices)
@@ -80,7 +90,7 @@ class Pool:
     def fit(self) -> Change | None:
         """Gives all rows the pages for their next block; how the cache must change before that."""
         devices = self._by_device()
-        needed = [[row.pages_needed for row in some] for some in devices]
+        needed = [[row.pages_needed(self.block) for row in some] for some in devices]
         rows = self._rows_for(max(map(len, devices)))
         pages = self._pages_for(rows, max(map(sum, needed)))
         fits = (rows * self.devices, pages) == (self.size, self.num_pages)

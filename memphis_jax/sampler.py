@@ -16,7 +16,7 @@ import numpy as np
 
 from memphis_jax import decode
 from memphis_jax.model import StableLM
-from memphis_jax.pool import BLOCK, Pool, Row, least_rows, num_pages
+from memphis_jax.pool import Pool, Row, block_size, least_rows, num_pages
 
 PROMPT_MULTIPLE = 32  # prompt lengths are padded to it, so that few shapes are compiled
 PROMPTS = 16  # different prompts computed at once
@@ -91,8 +91,10 @@ def stream(
     lengths = [len(prompt) for prompt in prompts]
     group = _group_size(model, batch_size)
     waiting = _prefilled(model, prompts, group, pad, spread, dtype)
-    most_pages = _most_pages(model, lengths, limits)
-    pool = Pool(batch_size, _devices(model), most_pages, least_rows(model))
+    num_tokens = block_size(model, batch_size)
+    most_pages = _most_pages(model, lengths, limits, num_tokens)
+    pool = Pool(batch_size, _devices(model), most_pages, least_rows(model), num_tokens)
+    layers = decode.unstack(model)
     cache = spread(decode.empty(model, batch_size, pool.devices, pool.num_pages, dtype))
     while True:
         arrived = [
@@ -107,9 +109,10 @@ def stream(
         cache = _insert(cache, arrived, group, pool, spread)
         cache, block = decode.decode(
             model,
+            layers,
             cache,
             spread(pool.arrays(keys)),
-            num_tokens=BLOCK,
+            num_tokens=num_tokens,
             temperature=temperature,
             top_p=top_p,
             eos_id=eos_id,
@@ -127,7 +130,7 @@ def stream(
         yield from finished
 
 
-def _most_pages(model: StableLM, lengths: Sequence[int], limits: Sequence[int]) -> int:
+def _most_pages(model: StableLM, lengths: Sequence[int], limits: Sequence[int], block: int) -> int:
     """Of the longest prompt with its tokens."""
     most, allowed = 0, model.config.max_position_embeddings
     for length, limit in zip(lengths, limits, strict=True):
@@ -136,7 +139,7 @@ def _most_pages(model: StableLM, lengths: Sequence[int], limits: Sequence[int]) 
                 f"a prompt of {length} tokens and max_new_tokens = {limit} exceed the "
                 f"model's max_position_embeddings = {allowed}"
             )
-        most = max(most, num_pages(length, limit))
+        most = max(most, num_pages(length, limit, block))
     return most
 
 
