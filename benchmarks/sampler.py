@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, int]] = {
         **{"num_attention_heads": 7, "num_key_value_heads": 7},
     },
 }
+LENGTHS = ("equal", "varying")
 SAMPLES, CONTEXT, NO_EOS, LONGEST = 8, 256, 100_000, 160
 ENGINES: dict[str, dict[str, str]] = {  # name: environment
     "memphis_jax": {"JAX_PLATFORMS": "cpu"},
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="has vLLM")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--questions", type=int, default=64, help="eight answers each")
+    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=LENGTHS)
     parser.add_argument("--in-flight", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -55,16 +58,17 @@ def main(argv: list[str]) -> None:
     rows: list[harness.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
-            made = make_model(Path(folder) / model.replace(" ", ""), SHAPES[model])
+            made = make_model(Path(folder) / model.replace(" ", ""), SHAPES[model], args.questions)
             for flight in args.in_flight:
-                for lengths in ("equal", "varying"):
+                for lengths in args.lengths:
                     rows += compare(made, model, flight, lengths, args)
     columns = ("model, in flight, lengths", "engine", "new tokens/s", "x vLLM", "ready")
     note = '"x vLLM": of the faster vLLM of the two.'
-    harness.finish(args, "sampler", ABOUT, before, [harness.table("float32", columns, rows, note)])
+    title = f"float32, {args.questions * SAMPLES} answers"
+    harness.finish(args, "sampler", ABOUT, before, [harness.table(title, columns, rows, note)])
 
 
-def make_model(folder: Path, shape: dict[str, int]) -> Path:
+def make_model(folder: Path, shape: dict[str, int], questions: int) -> Path:
     """FOLDER/{checkpoint,hf,prompts.json}: random weights, and prompts of the demo's questions."""
     import jax
 
@@ -76,7 +80,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     from memphis_jax.model import StableLM
 
     demo = load(str(REPO / "configs" / "tiny.py"))
-    splits = procedural.generate(2000, 10, 64, 0)
+    splits = procedural.generate(2000, 10, questions, 0)
     procedural.write(folder / "data", splits, demo.data.vocab_size)
     model = StableLM(ModelConfig(**{**vars(demo.model), **shape}), jax.random.PRNGKey(0))
     with checkpoint.open_manager(folder / "checkpoint", keep=1) as manager:

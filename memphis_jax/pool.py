@@ -53,13 +53,13 @@ def least_rows(model: StableLM) -> int:
     return work // sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
-def block_size(model: StableLM, batch_size: int) -> int:
+def block_size(batch_size: int, least_rows: int) -> int:
     """Tokens decoded between two looks of the host.
 
     A row that ends in the middle of a block costs until its end: fewer, where the looks take
     little beside the steps.
     """
-    return BLOCK if batch_size <= least_rows(model) else BLOCK // 2
+    return BLOCK if batch_size <= least_rows else BLOCK // 2
 
 
 class Change(NamedTuple):

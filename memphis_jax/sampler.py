@@ -91,9 +91,10 @@ def stream(
     lengths = [len(prompt) for prompt in prompts]
     group = _group_size(model, batch_size)
     waiting = _prefilled(model, prompts, group, pad, spread, dtype)
-    num_tokens = block_size(model, batch_size)
+    least = least_rows(model)
+    num_tokens = block_size(batch_size, least)
     most_pages = _most_pages(model, lengths, limits, num_tokens)
-    pool = Pool(batch_size, _devices(model), most_pages, least_rows(model), num_tokens)
+    pool = Pool(batch_size, _devices(model), most_pages, least, num_tokens)
     layers = decode.unstack(model)
     cache = spread(decode.empty(model, batch_size, pool.devices, pool.num_pages, dtype))
     while True:
