@@ -60,7 +60,10 @@ def check_answer(
     if goal.kind == "label":
         return _check_label(answer, goal.text.casefold())
     if goal.kind in ("formula", "number"):
-        return _check_formula(answer, goal.text, equal)
+        verdict = _check_formula(answer, goal.text, equal)
+        # A letter beside a number may be a unit: 72 \frac{km}{h}.
+        unit = goal.number and re.search("[A-Za-z]", _COMMAND.sub("", answer))
+        return "unknown" if unit and verdict == "incorrect" else verdict
     return _check_words(answer, goal.text, among_options)
 
 
@@ -123,13 +126,28 @@ def plain_text(text: str) -> str:
         if wrapped := _WRAPPED.fullmatch(text):
             text = next(group for group in wrapped.groups() if group is not None)
     if "\\" in text:
+        text = re.sub(r"^-\s+", "-", text)  # in a formula no bullet
         text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
         text = re.sub(r"\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"\1/\2", text)
         text = re.sub(r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])", r"\1/\2", text)
         text = re.sub(r"\\text\{([^{}]*)\}", r" \1", text)
         text = re.sub(r"\^\s*\{?\\circ\}?|\\[!,]", "", text)
         text = text.replace(r"\%", "%").replace(r"\$", "$")
-    return re.sub(r"[ \t]+", " ", text.replace("{,}", ",")).strip()
+    text = re.sub(r"[ \t]+", " ", text.replace("{,}", ",")).strip()
+    text = re.sub(r"(?<=[0-9]) x (?=10\^)", "*", text)
+    return _POWER.sub(_power_in_words, text)
+
+
+_UNIT = "(mm|cm|dm|m|km|in|inch|inches|ft|feet|yd|yards?|mi|miles?|units?)"
+_POWER = re.compile(  # "72 cm^2", "9.8 m/s^{2}", "72 \\mathrm{cm}^3"
+    rf"(?<=[0-9]) ?(?:(?:\\mathrm\{{\s*)?{_UNIT}\}}?|{_UNIT}/s) ?\^ ?(?:([23])|\{{([23])\}})$",
+    re.IGNORECASE,
+)
+
+
+def _power_in_words(match: re.Match[str]) -> str:
+    power = {"2": "square", "3": "cubic"}[match[3] or match[4]]
+    return f" {power} {match[1]}" if match[1] else f" {match[2]}/s"
 
 
 # --- choices, labels, words -------------------------------------------------------------------

@@ -45,10 +45,14 @@ _QUANTITY = re.compile(
 )
 # These four are read with each number replaced by "#".
 _OPERATOR = re.compile(
-    r"[^\w\s.,;:?'\"()$€£¥&/#-]|_|/(?![a-z]{2}|[hs]\b)|#\s*(?:x|-)\s*#|#\(#", re.I
+    r"[^\w\s.,;:?'\"()$€£¥&/#-]|_|π|/(?![a-z]{2}|[hs]\b)|#\s*(?:x|-)\s*#|#\(#"
+    r"|-\s+#",  # a minus, a list's bullet or a dash
+    re.I,
 )
 _CHANGED = re.compile(
-    r"\b(?:half|halves|thirds?|quarters?|twice|double|triple|squared|cubed|times|plus|minus)\b",
+    r"\b(?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|twelf|twentie|hundred"
+    r"|thousand)ths?|twice|double|triple|squared|cubed|roots?|factorial|times|plus|minus|divided"
+    r"|multiplied|pi|log|ln|sin|cos|tan|sqrt)\b",
     re.I,
 )
 _DENIED = re.compile(
@@ -103,6 +107,8 @@ def check_number(answer: str, goal: Number) -> Verdict:
         return "incorrect"
     if _OPERATOR.search(rest) or _CHANGED.search(rest) or len(words) > 25 or len(found) > 3:
         return "unknown"
+    if {Fraction(_digits(word)) for word in _SPELLED.finditer(rest)} - {numbers[0].value}:
+        return "unknown"  # "one and 3/4", "two dollars and 50 cents", "four or 5"
     verdict = _compare(numbers[0], goal)
     return "unknown" if verdict == "correct" and _HEDGED.search(rest) else verdict
 
@@ -180,9 +186,9 @@ _NUMBER_WORD = re.compile(
 
 def _spelled_out(answer: str) -> str:
     """Number words below 100 as digits: "twenty-five" -> "25", "two hundred" -> "2 hundred"."""
+    return _SPELLED.sub(_digits, answer)
 
-    def digits(match: re.Match[str]) -> str:
-        tens, ones, alone = (group and group.casefold() for group in match.groups())
-        return str(_ONES[alone] if alone else _TENS[tens] + _ONES.get(ones, 0))
 
-    return _SPELLED.sub(digits, answer)
+def _digits(spelled: re.Match[str]) -> str:
+    tens, ones, alone = (group and group.casefold() for group in spelled.groups())
+    return str(_ONES[alone] if alone else _TENS[tens] + _ONES.get(ones, 0))
