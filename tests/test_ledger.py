@@ -118,3 +118,37 @@ def test_a_killed_run_takes_its_stage_along_and_frees_the_workdir(tmp_path: Path
     run.wait()
     with locked(tmp_path, patience=20.0):  # free only when the 60 s stage is gone too
         assert not (tmp_path / "ledger" / "sleep.json").exists()
+
+
+STAGE_THAT_SAVES = """
+import signal, sys, time
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_sigterm_reaches_the_stage_which_has_time_to_save(tmp_path: Path) -> None:
+    """Sent to the recipe alone, as a scheduler does; the recipe ends with the stage's own code."""
+    (tmp_path / "in.txt").write_text("one")
+    recipe = f"""
+from pathlib import Path
+from memphis_jax.errors import Stopped
+from memphis_jax.rounds.ledger import Ledger, Stage
+words = ({sys.executable!r}, "-c", {STAGE_THAT_SAVES!r})
+try:
+    Ledger(Path({str(tmp_path)!r}), "").run(Stage("slow", words, (), ()))
+except Stopped as stopped:
+    raise SystemExit(stopped.exit_code)
+"""
+    process = subprocess.Popen([sys.executable, "-c", recipe], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+    process.terminate()
+    said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said.strip()) == (75, "saved")
+    record = Ledger(tmp_path, "").read("slow")
+    assert record is not None and record["exit_code"] == 75

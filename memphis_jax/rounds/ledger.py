@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from memphis_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, Stopped
@@ -52,15 +54,16 @@ class Ledger:
     def run(self, stage: Stage) -> bool:
         """Runs `stage` unless its record is valid; whether it ran.
 
-        Raises Stopped, with the stage's exit code, where its machine was taken away; StageFailed
-        on any other failure.
+        Raises Stopped where its machine was taken away, with the stage's exit code, or where this
+        process was sent SIGTERM, which the stage gets too; StageFailed on any other failure.
         """
         inputs = {self._relative(path): _hash(path) for path in stage.inputs}
         if self._is_done(stage, inputs):
             return False
         started, clock = datetime.now(UTC), time.perf_counter()
         log = self.workdir / "logs" / f"{stage.name}.log"
-        exit_code = _run_process([*stage.prefix, *stage.command, *stage.suffix], log)
+        command = [*stage.prefix, *stage.command, *stage.suffix]
+        exit_code, terminated = _run_process(command, log)
         seconds = time.perf_counter() - clock
         record = self._record(stage.name, stage.command, exit_code, started, seconds, inputs)
         record |= {"prefix": list(stage.prefix), "suffix": list(stage.suffix)}
@@ -68,9 +71,10 @@ class Ledger:
         if exit_code == 0 and not missing:
             record["outputs"] = {self._relative(path): _hash(path) for path in stage.outputs}
         self._write(record)
-        if exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
+        if terminated or exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
             raise Stopped(
-                f"stage {stage.name} was interrupted; the same command goes on", exit_code
+                f"stage {stage.name} was interrupted; the same command goes on",
+                EXIT_PREEMPTED if terminated else exit_code,
             )
         if exit_code or missing:
             why = f"exit code {exit_code}" if exit_code else f"no {', '.join(missing)}"
@@ -142,12 +146,14 @@ def _hash(path: Path) -> str:
     return sha256_folder(path) if path.is_dir() else sha256_file(path)
 
 
-def _run_process(command: Sequence[str], log: Path) -> int:
-    """Runs `command` with its output on the terminal and in `log`; returns the exit code.
+def _run_process(command: Sequence[str], log: Path) -> tuple[int, bool]:
+    """Runs `command` with its output on the terminal and in `log`.
 
-    The child is killed when this process dies, so that a restarted recipe never meets a stage of
-    the killed one still writing.
+    Returns the exit code, and whether SIGTERM came meanwhile: the child gets it, and time to save.
+    When this process is killed, so is the child: a restarted recipe never meets a stage of the
+    killed one still writing.
     """
+    terminated = []
 
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -159,11 +165,20 @@ def _run_process(command: Sequence[str], log: Path) -> int:
             preexec_fn=DIE_WITH_PARENT,
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            print("    " + line.decode(errors="replace"), end="", flush=True)
-        return process.wait()
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            terminated.append(number)
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                print("    " + line.decode(errors="replace"), end="", flush=True)
+            return process.wait(), bool(terminated)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
