@@ -51,6 +51,26 @@ def test_a_stage_runs_again_when_something_changed(tmp_path: Path, change: str) 
     assert (tmp_path / "out.txt").read_text() == (tmp_path / "in.txt").read_text()
 
 
+def test_a_workdir_and_an_interpreter_may_move(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    copy = "import shutil, sys; shutil.copy(*sys.argv[1:])"
+
+    def stage(python: str, workdir: Path) -> Stage:
+        source, target = workdir / "in.txt", workdir / "out.txt"
+        words = (python, "-c", copy, str(source), str(target))
+        return Stage("copy", words, (source,), (target,))
+
+    old.mkdir()
+    (old / "in.txt").write_text("one")
+    assert Ledger(old, "").run(stage(sys.executable, old))
+    old.rename(new)
+    link = tmp_path / "python3"
+    link.symlink_to(sys.executable)
+    assert not Ledger(new, "").run(stage(str(link), new))
+    (new / "in.txt").write_text("two")
+    assert Ledger(new, "").run(stage(sys.executable, new))
+
+
 def test_a_failed_stage_is_named_and_recorded_and_runs_again(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one")
     ledger = Ledger(tmp_path, "config")

@@ -104,15 +104,21 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# In a checkpoint, when it was written: the same weights written again are the same folder.
+_TIMES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
 def sha256_folder(path: str | Path) -> str:
     """Hex SHA-256 over (relative name, content hash) of every file below a folder.
 
-    In the order of the names, written with "/". Raises NotADirectoryError without the folder.
+    In the order of the names, written with "/"; without orbax's two files that hold nothing but
+    the time. Raises NotADirectoryError without the folder.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder: nothing to hash")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in _TIMES)
+    names = sorted(p.relative_to(folder).as_posix() for p in files)
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())

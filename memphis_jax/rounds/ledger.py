@@ -101,7 +101,8 @@ class Ledger:
         record = self.read(stage.name)
         if record is None or record["exit_code"] != 0 or record["inputs"] != inputs:
             return False
-        if record["command"] != list(stage.command):
+        workdir = record.get("workdir", str(self.workdir))
+        if _plain(record["command"], workdir) != _plain(stage.command, str(self.workdir)):
             return False
         if set(record["outputs"]) != {self._relative(path) for path in stage.outputs}:
             return False
@@ -123,6 +124,7 @@ class Ledger:
         return {
             "stage": name,
             "command": list(command),
+            "workdir": str(self.workdir),
             "exit_code": exit_code,
             "started": started.isoformat(timespec="milliseconds"),
             "seconds": round(seconds, 3),
@@ -140,6 +142,14 @@ class Ledger:
     def _relative(self, path: Path) -> str:
         inside = path.is_relative_to(self.workdir)
         return str(path.relative_to(self.workdir) if inside else path)
+
+
+def _plain(command: Sequence[str], workdir: str) -> list[str]:
+    """The words without where the interpreter and the workdir are: both may move."""
+    words = ["." if word == workdir else word.removeprefix(workdir + "/") for word in command]
+    if words and Path(words[0]).name.startswith("python"):
+        words[0] = "python"
+    return words
 
 
 def _hash(path: Path) -> str:
