@@ -306,6 +306,28 @@ def test_questions_are_held_out_of_training_with_all_their_rows(world: Path) -> 
     assert record["examples"] == len(splits["train"]) == 160 - sum(record["items_dropped"].values())
 
 
+def test_conversations_that_ask_a_held_out_question_are_dropped(world: Path) -> None:
+    """Every question is asked in a conversation too, with other punctuation, in its second turn."""
+    asked = [
+        row["prompt"].replace(":", "").replace("?", ".") for row in read_jsonl(world / "cot.jsonl")
+    ]
+    turns = ("Hello", "Good day", "{}", "I do not know")
+    roles = ("user", "assistant") * 2
+    write_jsonl(
+        world / "chat.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": r, "content": t.format(q)} for r, t in zip(roles, turns, strict=True)
+                ]
+            }
+            for q in asked
+        ],
+    )
+    out = built(world, num_validation=9, num_test=30)
+    assert manifest_of(out)["data_sets"]["talk"]["items_dropped"]["held-out question"] == 39
+
+
 @pytest.mark.parametrize("contamination", ["drop", "keep"])
 def test_rows_that_hold_an_evaluation_question_are_counted(
     world: Path, contamination: str, capsys: pytest.CaptureFixture[str]

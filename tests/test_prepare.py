@@ -80,11 +80,18 @@ def test_a_bad_row_is_named_and_nothing_is_published(
 
 
 def test_a_held_out_question_among_the_training_ones_is_refused(tmp_path: Path) -> None:
-    """Also in another case and with other blanks: what `hold_out` counts as one question."""
-    for twin in (" two\nbells ", "TWO  bells"):
+    """Also in another case, with other blanks or other punctuation around its words."""
+    for twin in (" two\nbells ", "TWO  bells", "two bells?", "'two' bells."):
         settings = files(tmp_path, train=[row("one"), row("two bells")], test=[row(twin)])
-        with pytest.raises(ValueError, match=r"(?i)1 of its questions are also in .* is 'two"):
+        with pytest.raises(ValueError, match=r"(?i)1 of its questions are also in .* is .*two"):
             read_rows(DataConfig(**settings))
+
+
+def test_questions_with_other_numbers_or_operators_are_others(tmp_path: Path) -> None:
+    train = [row(text) for text in ("What is 1.5 + 3?", "What is 5 - 3?", "What is -5 + 3?")]
+    held_out = [row(text) for text in ("What is 15 + 3?", "What is 5 + 3?", "What is 1.5 - 3?")]
+    splits, _ = read_rows(DataConfig(**files(tmp_path, train=train, test=held_out)))
+    assert len(splits["test"]) == 3
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -170,12 +170,10 @@ def _load_mixture(
     for number, item in enumerate(cot, start=1):
         item["id"] = f"train-{number:06d}"
     counts = {"validation": settings.num_validation, "test": settings.num_test}
-    held_out, questions = hold_out(cot, counts, seed)
+    held_out, drawn = hold_out(cot, counts, seed)
+    questions = {_words(question) for question in drawn}
     unwanted = {
-        name: [
-            "held-out question" if "prompt" in item and _question(item) in questions else ""
-            for item in loaded.items
-        ]
+        name: ["held-out question" if _asked(item) & questions else "" for item in loaded.items]
         for name, loaded in data_sets.items()
     }
     return data_sets, held_out, unwanted
@@ -214,6 +212,17 @@ def _question(item: Item) -> str:
     return " ".join(item["prompt"].split()).casefold()
 
 
+def _words(question: str) -> str:
+    """A question without case and without the punctuation around its words."""
+    return " ".join(word.strip("\"'(").rstrip(".,;:?)\"'") for word in question.casefold().split())
+
+
+def _asked(item: Item) -> set[str]:
+    """What an example asks, as `_words`: its prompt, or each turn of its user."""
+    turns = [turn["content"] for turn in item.get("messages", ()) if turn["role"] == "user"]
+    return set(map(_words, [item["prompt"]] if "prompt" in item else turns))
+
+
 def read_rows(data: configs.DataConfig) -> tuple[dict[str, list[Item]], Counter[str]]:
     """The rows of TinyCoT-shaped files by split, and why rows of `train` were dropped.
 
@@ -242,8 +251,8 @@ def read_rows(data: configs.DataConfig) -> tuple[dict[str, list[Item]], Counter[
         if not rows and split != "train":
             raise ValueError(f"{path} has no rows: data.{split} needs one question or more")
         splits[split] = rows
-        trained = set(map(_question, splits["train"])) if split != "train" else set()
-        if leaked := [row["prompt"] for row in rows if _question(row) in trained]:
+        trained = set().union(*map(_asked, splits["train"])) if split != "train" else set()
+        if leaked := [row["prompt"] for row in rows if _asked(row) & trained]:
             raise ValueError(
                 f"{path}: {len(leaked)} of its questions are also in {data.train}, the first is "
                 f"{leaked[0][:80]!r}; remove them from one of the two"
