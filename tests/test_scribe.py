@@ -21,6 +21,7 @@ from memphis_jax.data import procedural
 from memphis_jax.report import write_report
 from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.run import claim
+from memphis_jax.rounds.scribe import Scribe
 from memphis_jax.rounds.scribe import _check as check
 from memphis_jax.rounds.sweep import accuracy, best_t, points
 
@@ -111,6 +112,46 @@ def scored(*shares: tuple[float, float]) -> list[dict[str, Any]]:
 
 
 CURVE = scored((0.9, 0.2), (0.8, 0.7), (0.1, 0.9))
+
+
+def scribe_of(workdir: Path, old: dict[str, list[str]], new: dict[str, list[str]]) -> Scribe:
+    """Both data sets are files of one's own: {split: questions} of the start and of the scribe."""
+    files = {split: f"{split}.jsonl" for split in old}
+    data = configs.DataConfig(source="jsonl", tokenizer="t", **files)
+    config = dataclasses.replace(TINY, data=data)
+    for folder, splits in ((workdir / "cot", old), (workdir, new)):
+        (folder / "data").mkdir(parents=True)
+        claim(folder, config)
+        for split, prompts in splits.items():
+            rows = [{"id": f"{split}-{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+            write_jsonl(folder / "data" / f"{split}.jsonl", rows)
+    return Scribe(workdir, config, cot=workdir / "tiny.py")
+
+
+def test_two_data_sets_of_ones_own_are_two_skills(tmp_path: Path) -> None:
+    old = {"train": ["a"], "validation": ["b"], "test": ["c"]}
+    new = {"train": ["d"], "validation": ["e"], "test": ["f", "g"]}
+    tasks = scribe_of(tmp_path, old, new).tasks()
+    rows = [read_jsonl(path) for splits in tasks.values() for path in splits.values()]
+    assert [[row["prompt"] for row in found] for found in rows] == [["b"], ["c"], ["e"], ["f", "g"]]
+    assert list(tasks) == ["CoT questions of the start", "CoT questions"]
+    assert len({row["id"] for found in rows for row in found}) == 5
+
+
+def test_the_same_questions_are_one_skill(tmp_path: Path) -> None:
+    splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
+    assert list(scribe_of(tmp_path, splits, splits).tasks()) == ["CoT questions"]
+
+
+@pytest.mark.parametrize("leaks", ["old", "new"])
+def test_a_question_held_out_by_one_and_trained_by_the_other_is_refused(
+    tmp_path: Path, leaks: str
+) -> None:
+    one = {"train": ["a", "f"], "validation": ["b"], "test": ["c"]}
+    other = {"train": ["d"], "validation": ["e"], "test": ["f"]}
+    scribe = scribe_of(tmp_path, *((one, other) if leaks == "old" else (other, one)))
+    with pytest.raises(configs.ConfigError, match=r"1 held-out questions of .*train.jsonl.* 'f'"):
+        scribe.tasks()
 
 
 def test_the_best_t_has_the_highest_mean_and_is_the_lowest_of_equals() -> None:

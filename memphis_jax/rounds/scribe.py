@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memphis_jax import config as configs
-from memphis_jax.rounds.files import write_json
+from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import CONVERT, MEMPHIS, Recipe
 from memphis_jax.rounds.run import check, claim
@@ -92,11 +92,11 @@ class Scribe:
 
     def run(self) -> Row:
         init, tuned = self.start(), self.workdir / "sft"
+        tasks = self.tasks()
         self.recipe.train("sft", "sft", tuned, init, self.recipe.data)
         start_hf, tuned_hf = self.workdir / "start" / "hf", self.export("sft", tuned)
         self.recipe.exported[init] = start_hf
         merged = merge_stage(self.recipe, "merged", start_hf, tuned_hf, self.config.merge)
-        tasks = self.tasks()
         results: Row = {"models": {}}
         for name, checkpoint in zip(MODELS, (init, tuned, merged), strict=True):
             results["models"][name] = score(self.recipe, name, checkpoint, tasks)
@@ -148,16 +148,45 @@ class Scribe:
         return out
 
     def tasks(self) -> Tasks:
-        """Held-out questions by skill: those of the start's data, then those of the new data."""
-        folders = {_skill(self.config.data): self.recipe.data}
-        if self.cot:
-            saved = json.loads((self.workdir / "cot" / "config.json").read_text("utf-8"))
-            skill = _skill(configs.build(configs.RunConfig, saved).data)
-            folders = {skill: self.workdir / "cot" / "data"} | folders
-        return {
-            skill: {split: folder / f"{split}.jsonl" for split in SPLITS}
-            for skill, folder in folders.items()
-        }
+        """Held-out questions by skill: those of the start's data, then those of the new data.
+
+        Raises ConfigError where one model was trained on a question that the other's data hold out.
+        """
+        new, skill = self.recipe.data, _skill(self.config.data)
+        if not self.cot:
+            return {skill: _splits(new)}
+        old = self.workdir / "cot" / "data"
+        _no_leak(old, new)
+        if _prompts(old, SPLITS) == _prompts(new, SPLITS):
+            return {skill: _splits(new)}
+        saved = json.loads((self.workdir / "cot" / "config.json").read_text("utf-8"))
+        start_skill = _skill(configs.build(configs.RunConfig, saved).data)
+        if start_skill == skill:
+            start_skill, folder = f"{skill} of the start", self.workdir / "eval" / "start-questions"
+            folder.mkdir(exist_ok=True)
+            for path in _splits(old).values():  # ids are of one file: answers need their own
+                rows = ({**row, "id": f"start-{row['id']}"} for row in read_jsonl(path))
+                write_jsonl(folder / path.name, rows)
+            old = folder
+        return {start_skill: _splits(old), skill: _splits(new)}
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    return {split: folder / f"{split}.jsonl" for split in SPLITS}
+
+
+def _prompts(folder: Path, splits: Sequence[str]) -> set[str]:
+    return {row["prompt"] for split in splits for row in read_jsonl(folder / f"{split}.jsonl")}
+
+
+def _no_leak(old: Path, new: Path) -> None:
+    for trained, held_out in ((old, new), (new, old)):
+        if leaked := _prompts(trained, ("train",)) & _prompts(held_out, SPLITS):
+            raise configs.ConfigError(
+                f"{len(leaked)} held-out questions of {held_out} are in {trained}/train.jsonl, the "
+                f"first is {min(leaked)[:80]!r}: give both configs the same files, seed, "
+                "data.num_validation and data.num_test, or other questions"
+            )
 
 
 def _skill(data: configs.DataConfig) -> str:
