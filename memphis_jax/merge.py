@@ -340,6 +340,10 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--max-shard-mb {args.max_shard_mb} must be 1 or more")
     if args.sweep and not (args.config and (args.task or args.eval)):
         parser.error("--sweep needs --config, and --task NAME=FILE or --eval TASKS")
+    if args.sweep and args.t_for:
+        parser.error(
+            f"--sweep merges all tensors at one t: there is no use of --t-for {args.t_for}"
+        )
     if not args.sweep and (args.config or args.task or args.eval or overrides):
         parser.error(f"without --sweep there is no use of --config, --task, --eval, {overrides}")
     return args, overrides

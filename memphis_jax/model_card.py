@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from memphis_jax.data.contamination import NOT_COMPARED
 from memphis_jax.merge_report import describe
 
 Row = dict[str, Any]
@@ -62,6 +63,8 @@ def write_card(
         model_name=repo.rpartition("/")[2] or workdir.resolve().name,
         eval_results=model_index(scores) or None,
     )
+    warnings = manifest.get("warnings", [])
+    absent = [text for text in warnings if text.endswith(NOT_COMPARED)]
     context = {
         "metadata": data.to_yaml(),
         "name": data.model_name,
@@ -69,7 +72,12 @@ def write_card(
         "license": license,
         "start": base_model or ("" if from_scratch else Path(start).name),
         "data_sets": manifest.get("data_sets", {}),
-        "evaluation": config["data"]["evaluation"],
+        "evaluation": [
+            name
+            for name in config["data"]["evaluation"]
+            if not any(text.startswith(f"evaluation set {name}: ") for text in absent)
+        ],
+        "warnings": warnings,
         "phases": phases(config),
         "rounds": config["rounds"]["num_rounds"],
         "generate": config["generate"],

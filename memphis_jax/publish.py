@@ -58,7 +58,7 @@ def publish(argv: Sequence[str]) -> None:
 
 def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
     """Writes `out`, replacing an earlier one; it appears by rename."""
-    if out.exists() and not (out / CERTIFICATE).is_file() and (out.is_file() or any(out.iterdir())):
+    if out.exists() and not _is_published(out) and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else: choose another --out")
     if args.hf.resolve() in (out.resolve(), *out.resolve().parents):
         raise FileExistsError(f"--out {out} lies in {args.hf}: choose another --out")
@@ -68,7 +68,7 @@ def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
     try:
         for name in hashes:
             if name not in OURS:
-                _link(args.hf / name, building / name)
+                _place(args.hf / name, building / name)
         template = chat_template(args.hf, rationale=not args.chat)
         write_json(building / "tokenizer_config.json", tokenizer_config(args.hf, template))
         if args.card:
@@ -82,12 +82,20 @@ def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
     building.rename(out)
 
 
-def _link(source: Path, target: Path) -> None:
+def _is_published(folder: Path) -> bool:
+    certificate = folder / CERTIFICATE
+    return certificate.is_file() and "published_from" in json.loads(certificate.read_text("utf-8"))
+
+
+def _place(source: Path, target: Path) -> None:
+    """Weights are linked; text is copied, which somebody may edit before it is uploaded."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        if source.suffix == ".safetensors":
+            return os.link(source, target)
     except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+        pass
+    shutil.copyfile(source, target)
 
 
 def _certify(hf: Path, folder: Path, hashes: dict[str, str]) -> None:

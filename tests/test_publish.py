@@ -117,6 +117,7 @@ def test_what_the_template_refuses(
 # --- the folder and its card
 
 
+ABSENT = "evaluation set typo/bbh.jsonl: no such file; nothing was compared with it"
 ACCURACY = {"accuracy": 0.62, "questions": 200, "standard_error": 0.0343}
 
 
@@ -140,7 +141,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     from memphis_jax import config as configs
     from memphis_jax.rounds.run import claim
 
-    config = configs.load(str(Path(__file__).parents[1] / "configs" / "tiny_scribe.py"))
+    guarded = "--config.data.evaluation=('gsm8k.jsonl','typo/bbh.jsonl')"
+    config = configs.load(str(Path(__file__).parents[1] / "configs" / "tiny_scribe.py"), [guarded])
     claim(workdir, config)
     models = {
         name: {"sums": {"test": {**ACCURACY, "accuracy": share}}, "most": {"test": ACCURACY}}
@@ -151,7 +153,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     counts = {"rows_in": 3100, "examples": 3000, "tokens": 180_000}
     (workdir / "data").mkdir()
     data_sets = {"tinycot": {"origin": origin, **counts}}
-    write_json(workdir / "data" / "manifest.json", {"data_sets": data_sets, "sft_sha256": "d" * 64})
+    manifest = {"data_sets": data_sets, "sft_sha256": "d" * 64, "warnings": [ABSENT]}
+    write_json(workdir / "data" / "manifest.json", manifest)
     (workdir / "ledger").mkdir()
     record = {"stage": "sft", "started": "2024-02-01T00:00:00", "seconds": 12.0}
     record |= {"config_sha256": "c" * 64, "versions": {"python": "3.11.9"}, "host": "secret-box"}
@@ -176,6 +179,14 @@ def test_the_folder_is_certified_and_whole(published: Path, run: Path) -> None:
     }
 
 
+def test_a_published_text_may_be_edited(published: Path, run: Path) -> None:
+    """Weights share their disk space with the run's; what an editor opens is a copy."""
+    for path in published.iterdir():
+        source = run / "merged" / "hf" / path.name
+        if source.is_file():
+            assert source.samefile(path) == (path.suffix == ".safetensors"), path.name
+
+
 def test_the_card_says_what_the_run_was(published: Path, run: Path) -> None:
     text = (published / "README.md").read_text()
     for told in (
@@ -188,6 +199,8 @@ def test_the_card_says_what_the_run_was(published: Path, run: Path) -> None:
         f"`{file_hashes(published)['model.safetensors']}`",
         "c" * 64,
         "d" * 64,
+        "share text with gsm8k.jsonl were searched for",
+        f"- {ABSENT}",
     ):
         assert told in text
     assert "secret-box" not in text and str(run) not in text
@@ -252,3 +265,7 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
     (precious / "thesis.tex").write_text("years")
     with pytest.raises(FileExistsError, match="holds something else"):
         publish.publish([str(run / "merged" / "hf"), "--workdir", str(run), "--out", str(precious)])
+    export = tmp_path / "export"
+    shutil.copytree(run / "merged" / "hf", export)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        publish.publish([str(run / "merged" / "hf"), "--workdir", str(run), "--out", str(export)])

@@ -32,6 +32,7 @@ BLOCK = (NGRAM + 1) // 2
 LINE_WORDS = 4
 """A line of fewer words is no evidence: "2 + 3 =" and "2 * 3 =" are the same words."""
 
+NOT_COMPARED = "nothing was compared with it"  # how a warning ends that says so
 QUESTION_FIELDS = ("prompt", "question", "problem", "input")
 
 _WORD = re.compile(r"[^\W_]+")
@@ -116,7 +117,7 @@ def read_evaluation(sources: Sequence[str]) -> tuple[list[str], list[str]]:
             rows = _read(source)
         except OSError as error:
             reason = " ".join(str(error).split())
-            warnings.append(f"evaluation set {source}: {reason}; nothing was compared with it")
+            warnings.append(f"evaluation set {source}: {reason}; {NOT_COMPARED}")
             continue
         found = [text for row in rows if (text := _question(row))]
         if rows and not found:

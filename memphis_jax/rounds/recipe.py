@@ -51,14 +51,10 @@ class Recipe:
     def start(self) -> Path | None:
         """Data files, and the checkpoint to start from (None: random weights)."""
         config_file = self.workdir / "config.json"
-        data = self.config.data
-        sources = [data.train, data.validation, data.test, data.root, *data.evaluation]
-        sources += [entry.path for entry in data.mixture.values()]
         self.stage(
             "data",
             (*MEMPHIS, "data", "--config", config_file, "--out", self.data),
-            # What is no path is a name on the hub, or is missing, which `memphis data` tells.
-            inputs=[Path(path) for path in sources if path and Path(path).exists()],
+            inputs=data_files(self.config.data),
             outputs=[self.data],
         )
         if not self.config.start.hf_folder:
@@ -291,3 +287,13 @@ class Recipe:
         )
         if not self.ledger.run(stage):
             print("    done before", flush=True)
+
+
+def data_files(data: configs.DataConfig) -> list[Path]:
+    """What examples are made of, as far as it lies here.
+
+    What is no path is a name on the hub, or is missing, which `memphis data` tells.
+    """
+    paths = [data.train, data.validation, data.test, data.root, data.tokenizer, *data.evaluation]
+    paths += [entry.path for entry in data.mixture.values()]
+    return [Path(path) for path in paths if path and Path(path).exists()]

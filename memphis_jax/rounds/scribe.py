@@ -25,7 +25,7 @@ from rich.table import Table
 from memphis_jax import config as configs
 from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.ledger import locked
-from memphis_jax.rounds.recipe import CONVERT, MEMPHIS, Recipe
+from memphis_jax.rounds.recipe import CONVERT, MEMPHIS, Recipe, data_files
 from memphis_jax.rounds.run import check, claim
 from memphis_jax.rounds.sweep import (
     CHART,
@@ -127,7 +127,8 @@ class Scribe:
         folder, results = self.workdir / "cot", self.workdir / "cot" / "results.json"
         overrides = self.config.start.rounds_overrides
         command = (*MEMPHIS, "rounds", "--config", self.cot, "--workdir", folder, *overrides)
-        self.recipe.stage("cot", command, [self.cot], [results])
+        inner = configs.load(str(self.cot), overrides)
+        self.recipe.stage("cot", command, [self.cot, *data_files(inner.data)], [results])
         # A round without pairs trains nothing: the weights are those of the round before.
         rounds = [
             path for path in folder.glob("round*") if (path / "rank" / "checkpoints").is_dir()

@@ -28,15 +28,23 @@ Tasks = Mapping[str, Mapping[str, Path]]  # task -> split -> questions.jsonl
 CHART = "sweep"  # sweep.png and sweep.svg
 
 
-def merge_stage(recipe: Recipe, name: str, a: Path, b: Path, how: configs.MergeConfig) -> Path:
+def merge_stage(
+    recipe: Recipe,
+    name: str,
+    a: Path,
+    b: Path,
+    how: configs.MergeConfig,
+    options: Sequence[Any] = (),
+) -> Path:
     """Merges into WORKDIR/NAME/hf; returns the model as a checkpoint, WORKDIR/NAME/init.
 
-    vLLM samples from the HF folder, so there is no checkpoint to make for it.
+    options: further words of `memphis merge`. vLLM samples from the HF folder, so there is no
+    checkpoint to make for it.
     """
     out, init = recipe.workdir / name / "hf", recipe.workdir / name / "init"
-    options = ("--method", how.method, "--t", how.t, "--threshold", how.threshold)
+    at = ("--method", how.method, "--t", how.t, "--threshold", how.threshold)
     own = (word for text in how.t_for for word in ("--t-for", text))
-    command = (*MEMPHIS, "merge", a, b, "--out", out, *options, *own)
+    command = (*MEMPHIS, "merge", a, b, "--out", out, *at, *own, *options)
     recipe.stage(f"{name}-merge", command, [a, b], [out])
     recipe.exported[init] = out
     if recipe.config.generate.engine == "jax":
@@ -102,11 +110,16 @@ def _harness(recipe: Recipe, name: str, checkpoint: Path) -> Row:
 
 
 def sweep(
-    recipe: Recipe, a: Path, b: Path, tasks: Tasks, known: Mapping[float, Row] | None = None
+    recipe: Recipe,
+    a: Path,
+    b: Path,
+    tasks: Tasks,
+    known: Mapping[float, Row] | None = None,
+    options: Sequence[Any] = (),
 ) -> list[Row]:
     """Rows {t, scores} of every t of `config.merge.sweep`, all tensors at one t, in order of t.
 
-    known: t -> scores of models that were scored already.
+    known: t -> scores of models that were scored already. options: as in `merge_stage`.
     """
     how, rows = recipe.config.merge, []
     for t in sorted(set(how.sweep)):
@@ -114,7 +127,8 @@ def sweep(
         if scores is None:
             at = configs.MergeConfig(method=how.method, t=t, threshold=how.threshold)
             name = f"sweep-t{t:g}"
-            scores = score(recipe, name, merge_stage(recipe, name, a, b, at), tasks)
+            merged = merge_stage(recipe, name, a, b, at, options)
+            scores = score(recipe, name, merged, tasks)
         rows.append({"t": t, "scores": scores})
     return rows
 
@@ -164,15 +178,22 @@ def command(args: argparse.Namespace, how: configs.MergeConfig, overrides: Seque
         ) from None
     config = configs.load(args.config, overrides)
     merge = configs.MergeConfig(
-        how.method, how.t, threshold=how.threshold, sweep=ts, eval_tasks=args.eval
+        how.method,
+        how.t,
+        threshold=how.threshold,
+        sweep=ts,
+        eval_tasks=args.eval,
+        eval_options=config.merge.eval_options,
     )
+    options = ["--max-shard-mb", args.max_shard_mb, *(["--uncertified"] * args.uncertified)]
     values = {name: getattr(config, name) for name in config.__dataclass_fields__}
     config = configs.RunConfig(**{**values, "merge": merge})
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):
         claim(args.out, config)
         recipe = Recipe(args.out, config)
-        rows = sweep(recipe, args.a, args.b, {n: {"validation": path} for n, path in tasks.items()})
+        questions = {name: {"validation": path} for name, path in tasks.items()}
+        rows = sweep(recipe, args.a, args.b, questions, options=options)
         best = best_t(rows)
         write_json(args.out / "sweep.json", {"sweep": rows, "best_t": best})
     print_sweep(rows, Console())
