@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,16 +89,25 @@ print(sorted(name for name in sys.modules if name in ("sympy", "math_verify", "j
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("field", ["id", "prompt", "target", "source"])
-def test_a_question_without_a_field_is_named(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({field: None}, f"the field '{field}' as text") for field in ("id", "prompt", "source")),
+        ({"target": 5}, "the field 'target' as text, found 5"),
+        ({"target": " "}, "the target is empty"),
+        ({"id": "q"}, "the id 'q' is there twice"),
+    ],
+)
+def test_a_question_that_no_answer_can_be_judged_by_is_named(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     question = {"id": "q", "prompt": "?", "target": "4", "source": "gsm8k"}
-    write_jsonl(tmp_path / "questions.jsonl", [question, {**question, "id": "r"}])
-    del question[field]
-    write_jsonl(tmp_path / "broken.jsonl", [question])
+    write_jsonl(tmp_path / "questions.jsonl", [question])
+    write_jsonl(tmp_path / "broken.jsonl", [{**question, "id": "r"} | change])
     write_jsonl(tmp_path / "completions.jsonl", [{"meta": {}}])
     files = [str(tmp_path / name) for name in ("questions.jsonl", "broken.jsonl")]
     out = ["--completions", str(tmp_path / "completions.jsonl"), "--out", str(tmp_path / "g.jsonl")]
-    with pytest.raises(ValueError, match=f"broken.jsonl, line 1: .* the field '{field}'"):
+    with pytest.raises(ValueError, match=f"broken.jsonl, line 1: .*{message}"):
         commands.grade([*out, "--questions", *files])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from memphis_jax.data import prompts
+from memphis_jax.data import examples, prompts
 from memphis_jax.rounds.grade import parse
 
 EOS = "<|endoftext|>"
@@ -151,6 +151,13 @@ def test_nothing_empty_is_trained(loaded):
     ]:
         with pytest.raises(ValueError, match=f"the {name} is empty"):
             call()
+
+
+@pytest.mark.parametrize("rationale", [None, 5, ["a"]])
+def test_what_is_no_text_is_no_example(rationale, loaded):
+    row = {"prompt": "p", "rationale": rationale, "target": "4"}
+    reason = examples.encode_or_reason(loaded[0], row, loaded[1], seq_len=64)
+    assert reason == "the rationale is not text: drop the row"
 
 
 def test_eos_is_read_in_every_form_hugging_face_writes(tmp_path):

@@ -150,7 +150,9 @@ def _eos_text(folder: Path) -> str:
 
 
 def _filled(name: str, text: str) -> str:
-    """The neutralised text; ValueError where nothing is left."""
+    """The neutralised text; ValueError where nothing is left, or where it is no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} is not text: drop the row")
     text = neutralise(text)
     if not text:
         raise ValueError(f"the {name} is empty: drop the row")

@@ -34,7 +34,7 @@ def grade(argv: Sequence[str]) -> None:
         "--out", required=True, type=Path, help="graded.jsonl; beside it .audit.json"
     )
     args = parser.parse_args(argv)
-    questions = {row["id"]: row for path in args.questions for row in _questions(path)}
+    questions = _questions(args.questions)
     meta, rows = read_completions(args.completions)
     if unknown := [row["id"] for row in rows if row["id"] not in questions]:
         raise ValueError(f"{args.completions}: no question has the id {unknown[0]!r}")
@@ -48,12 +48,24 @@ def grade(argv: Sequence[str]) -> None:
         print(f"{equal.timeouts} comparisons of formulas ran into the limit", file=sys.stderr)
 
 
-def _questions(path: str) -> Iterator[Row]:
-    for number, row in enumerate(read_jsonl(path), start=1):
-        for name in ("id", "prompt", "target", "source"):
-            if name not in row:
-                raise ValueError(f"{path}, line {number}: a question needs the field {name!r}")
-        yield row
+def _questions(paths: Sequence[str]) -> dict[str, Row]:
+    """By id. Raises ValueError, naming file and line, for a row that no answer can be judged by."""
+    questions: dict[str, Row] = {}
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path), start=1):
+            where = f"{path}, line {number}"
+            for name in ("id", "prompt", "target", "source"):
+                if not isinstance(row.get(name), str):
+                    raise ValueError(
+                        f"{where}: a question needs the field {name!r} as text, found "
+                        f"{row.get(name)!r}"
+                    )
+            if not row["target"].strip():
+                raise ValueError(f"{where}: the target is empty: fill it in or drop the question")
+            if row["id"] in questions:
+                raise ValueError(f"{where}: the id {row['id']!r} is there twice")
+            questions[row["id"]] = row
+    return questions
 
 
 def _graded(
