@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from memphis_jax.chat_template import chat_template, tokenizer_config
 from memphis_jax.model_card import write_card
@@ -104,10 +105,23 @@ def _certify(hf: Path, folder: Path, hashes: dict[str, str]) -> None:
     certificate = json.loads(path.read_text("utf-8")) if path.is_file() else {"format": 1}
     files = {name: value for name, value in hashes.items() if name not in OURS}
     files |= {name: sha256_file(folder / name) for name in OURS if (folder / name).is_file()}
-    taken = {"folder": str(hf.resolve())}
+    certificate = _without_places(certificate)
+    taken = {"folder": hf.resolve().name}
     if path.is_file():
         taken["certificate_sha256"] = sha256_file(path)
     write_json(folder / CERTIFICATE, {**certificate, "files": files, "published_from": taken})
+
+
+def _without_places(told: Any) -> Any:
+    """Of folders on this machine, which are nobody's business, the last name only."""
+    if isinstance(told, dict):
+        return {
+            key: Path(value).name
+            if key in ("folder", "checkpoint") and isinstance(value, str)
+            else _without_places(value)
+            for key, value in told.items()
+        }
+    return [_without_places(one) for one in told] if isinstance(told, list) else told
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:

@@ -291,7 +291,7 @@ def write_report(workdir: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: write the report of one run and print its path."""
-    parser = argparse.ArgumentParser(prog="memphis_jax.report", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="memphis report", description=main.__doc__)
     parser.add_argument("workdir", type=Path, help="folder of a `memphis rounds` run")
     workdir = parser.parse_args(argv).workdir
     if not workdir.is_dir():

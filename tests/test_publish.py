@@ -1,5 +1,6 @@
 """A model to give away: its prompt format to the token, its card from the run, nothing sent."""
 
+import json
 import os
 import re
 import shutil
@@ -137,7 +138,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     head = {"method": "slerp", "t": 0.4, "num_tensors": 9, "num_elements": 1000}
     head |= {"branches": {"slerp": {"tensors": 7, "elements": 900}}, "linear_because": {}}
     write_json(hf / "merge.json", head | {"angle": {"least": 0.5, "median": 4.0, "most": 9.0}})
-    write_json(hf / "conversion.json", {"format": 1, "files": file_hashes(hf)})
+    places = {"source": {"checkpoint": f"{workdir}/merged/init"}, "parents": [{"folder": str(hf)}]}
+    write_json(hf / "conversion.json", {"format": 1, "files": file_hashes(hf), **places})
     from memphis_jax import config as configs
     from memphis_jax.rounds.run import claim
 
@@ -185,6 +187,14 @@ def test_a_published_text_may_be_edited(published: Path, run: Path) -> None:
         source = run / "merged" / "hf" / path.name
         if source.is_file():
             assert source.samefile(path) == (path.suffix == ".safetensors"), path.name
+
+
+def test_a_publication_says_nothing_of_this_machine(published: Path, run: Path) -> None:
+    text = (published / "conversion.json").read_text()
+    assert str(run.parent) not in text
+    told = json.loads(text)
+    assert told["source"] == {"checkpoint": "init"} and told["parents"] == [{"folder": "hf"}]
+    assert told["published_from"]["folder"] == "hf"
 
 
 def test_the_card_says_what_the_run_was(published: Path, run: Path) -> None:

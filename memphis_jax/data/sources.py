@@ -22,7 +22,11 @@ Columns = Mapping[str, str]  # name -> what it holds, in words
 
 BATCH = 256  # rows read at once: 100,000 characters each would take 25 MB
 CSV_BLOCK = 1 << 25  # bytes read at once; no row of a CSV file may be longer
-SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # as file names spell them
+# As file names spell them.
+SPLITS = (
+    *("train", "validation", "valid", "val", "dev", "test"),
+    *("eval", "evaluation", "heldout", "holdout"),
+)
 
 
 class Source(NamedTuple):
