@@ -25,7 +25,8 @@ def start_jax() -> None:
     JAX_COMPILATION_CACHE_DIR moves the persistent compile cache.
 
     glibc gives large blocks back to the system and fetches them again at every step, page by page;
-    on a CPU, where all activations are such blocks, keeping them saves a tenth of a step's time.
+    on a CPU, where all activations are such blocks, keeping them saves a tenth of a step's time
+    with jax 0.10. With 0.12 a block often does not fit where the last one was, and is fetched anew.
     """
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if libc:  # before there are threads: only the first arena can keep blocks of any size
