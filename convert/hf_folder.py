@@ -190,11 +190,13 @@ def published(target: Path, is_ours: Callable[[Path], bool], kind: str) -> Itera
     can be made again; otherwise ConvertError, with `kind` saying what would have been allowed.
     """
     target = target.resolve()
+    partial, old = partial_of(target), target.with_name(f".{target.name}.convert-old")
+    if old.exists() and not target.exists():  # killed between the two renames
+        old.rename(target)
     if target.exists() and not target.is_dir():
         raise ConvertError(f"{target} is a file, a folder is needed")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise ConvertError(f"{target} is not empty and is not {kind}: name another folder")
-    partial, old = partial_of(target), target.with_name(f".{target.name}.convert-old")
     for leftover in (partial, old):  # of a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

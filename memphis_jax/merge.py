@@ -290,12 +290,14 @@ def _published(out: Path, parents: Sequence[Path]) -> Iterator[Path]:
     Another merge or export there is replaced; anything else, and a parent, is refused.
     """
     out = out.resolve()
+    building, old = (out.with_name(f".{out.name}.merge-{word}") for word in ("partial", "old"))
+    if old.exists() and not out.exists():  # killed between the two renames
+        old.rename(out)
     for parent in (parent.resolve() for parent in parents):
         if out in (parent, *parent.parents) or parent in out.parents:
             raise FileExistsError(f"--out {out} and {parent}, which is merged, overlap")
     if out.exists() and not (out / CERTIFICATE).is_file() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else than a merge: choose another --out")
-    building, old = (out.with_name(f".{out.name}.merge-{word}") for word in ("partial", "old"))
     for leftover in (building, old):  # of a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir(parents=True)

@@ -372,3 +372,15 @@ def test_a_pattern_that_no_tensor_has_is_refused(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
     told = refused(a, b, tmp_path / "c", MergeConfig(t_for=("self_attn=0.1", "atn=0.3")))
     assert "no tensor's name holds 'atn'" in told
+
+
+def test_a_merge_that_a_kill_left_aside_is_put_back(tmp_path: Path) -> None:
+    """Killed between the two renames, then refused: the earlier merge is still there."""
+    a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
+    merge_folders(a, b, tmp_path / "c", HALF)
+    before = file_hashes(tmp_path / "c")
+    (tmp_path / "c").rename(tmp_path / ".c.merge-old")
+    broken = tensors(3)
+    broken["model.norm.bias"][3] = np.nan
+    refused(a, folder(tmp_path / "d", broken), tmp_path / "c")
+    assert file_hashes(tmp_path / "c") == before
