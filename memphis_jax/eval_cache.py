@@ -3,13 +3,14 @@
 OUT/requests.jsonl has one line per block of requests: {"keys": [...], "answers": [...]}. A key is
 the hash of everything that decides an answer: the weights, the engine and its versions, the dtype,
 and the request itself. A line is written and flushed when its block is done; one that a kill cut
-short is dropped. Blocks are cut from all requests, answered or not, so that a resumed evaluation
-computes the same batches as one that was never stopped.
+short, or that is damaged, is asked for again. Blocks are cut from all requests, answered or not, so
+that a resumed evaluation computes the same batches as one that was never stopped.
 """
 
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,23 +97,20 @@ def _similar(args: Sequence[Any]) -> tuple[str, int, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """{key: answer} of a file; a line that was cut short is cut off the file too."""
+    """{key: answer} of a file; a last line that was cut short is cut off the file too."""
     known: dict[str, Any] = {}
     if not path.is_file():
         return known
-    whole = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if row is None:
-                break
-            known.update(zip(row["keys"], row["answers"], strict=True))
-            whole += len(line)
-    if whole < path.stat().st_size:
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
         os.truncate(path, whole)
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            known.update(zip(row["keys"], row["answers"], strict=True))
+        except (ValueError, TypeError, KeyError):
+            print(f"{path}, line {number}: damaged, asked for again", file=sys.stderr, flush=True)
     return known
 
 

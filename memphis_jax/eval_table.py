@@ -17,10 +17,12 @@ CARDS = {
 }
 CARD_METRICS = ("exact_match,strict-match", "acc_norm,none", "exact_match,get-answer")
 MODELS = ("base", "CoT", "scribe")
+# Words in the names of lm-eval's metrics that are no shares of 1.
+NO_SHARES = {"perplexity", "byte", "likelihood", "loglikelihood", "bleu", "chrf", "ter"}
 
 
 def show(result: Row, console: Console | None = None) -> None:
-    """Prints every metric of every task and group, in percent, with standard errors."""
+    """Prints every metric of every task and group, shares in percent, with standard errors."""
     console = console or (Console() if sys.stdout.isatty() else Console(width=120))
     carded = bool(CARDS.keys() & result["tasks"].keys())
     limit = f", first {result['limit']} questions of each task" if result["limit"] else ""
@@ -37,7 +39,7 @@ def show(result: Row, console: Console | None = None) -> None:
             cells = [f"{shown[model]:g}" if model in shown else "" for model in MODELS]
             table.add_row(
                 *(name, key.removesuffix(",none"), _text(task["num_fewshot"])),
-                *(_text(task["questions"]), percent(score), *(cells if carded else [])),
+                *(_text(task["questions"]), _value(key, score), *(cells if carded else [])),
             )
         if task.get("note"):
             notes.setdefault(task["note"], []).append(name)
@@ -53,10 +55,12 @@ def show(result: Row, console: Console | None = None) -> None:
         )
 
 
-def percent(score: Row) -> str:
-    """ "12.3 ± 0.9" of {value, stderr}."""
-    error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.2f}"
-    return f"{100 * score['value']:.2f}{error}"
+def _value(metric: str, score: Row) -> str:
+    """ "12.30 ± 0.90" of {value, stderr} in percent; "17.2 (no %)" where the metric is no share."""
+    share = not NO_SHARES.intersection(metric.partition(",")[0].split("_"))
+    scale = 100 if share else 1
+    error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:.2f}"
+    return f"{scale * score['value']:.2f}{error}" + ("" if share else " (no %)")
 
 
 def _text(value: Any) -> str:

@@ -44,6 +44,7 @@ def write_card(
     if not config:
         raise ValueError(f"{workdir} has no config.json: give the --workdir of a run")
     records = [read_json(path) for path in (workdir / "ledger").glob("*.json")]
+    records.sort(key=lambda record: record["started"])
     scores, merge = evals(workdir, stage), read_json(hf / "merge.json")
     start = config["start"]["hf_folder"]
     from_scratch = not start or bool(config["start"]["rounds_config"])
@@ -87,7 +88,7 @@ def write_card(
         "tasks": list(dict.fromkeys(row["task"] for row in scores)),
         "seed": config["seed"],
         "seconds": sum(record["seconds"] for record in records),
-        "stages": sorted(records, key=lambda record: record["started"]),
+        "stages": records,
         "hashes": hashes(hf, workdir, records),
         "versions": records[-1]["versions"] if records else {},
         "max_new_tokens": config["generate"]["max_new_tokens"],

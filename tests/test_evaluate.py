@@ -225,6 +225,12 @@ def test_answers_are_kept_in_whole_blocks_and_a_torn_line_is_dropped(tmp_path: P
     assert cached(path, third).generate_until(ask(texts)) == second
     assert third.calls == []  # no model was needed
 
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b'{"keys": ["damaged\n', *lines[2:]]))
+    fourth = Counting()
+    cached(path, fourth).generate_until(ask(texts))
+    assert fourth.calls == [4]  # what stands after the damage is kept
+
 
 def test_another_model_has_answers_of_its_own_and_repeats_are_sampled_anew(tmp_path: Path) -> None:
     path, lm = tmp_path / "requests.jsonl", Counting()
@@ -342,3 +348,7 @@ def test_the_table_shows_the_cards_beside_the_metric_they_mean() -> None:
     strict, flexible = (next(x for x in lines if name in x) for name in metrics)
     assert "12.50 ± 1.10" in strict and "18.8" in strict and "2.05" in strict
     assert "12.50 ± 1.10" in flexible and "18.8" not in flexible
+
+    metrics = {"word_perplexity,none": {"value": 17.25, "stderr": 0.5}}
+    eval_table.show({**result, "tasks": {"wikitext": {**task, "metrics": metrics}}}, console)
+    assert "17.25 ± 0.50 (no %)" in console.export_text()

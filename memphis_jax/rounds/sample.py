@@ -50,7 +50,8 @@ def sample(argv: Sequence[str]) -> None:
     }
     meta = {
         "engine": "jax",
-        "versions": versions(),
+        # Without Python's own: a patch release of it decides nothing.
+        "versions": {name: text for name, text in versions().items() if name != "python"},
         "model_sha256": sha256_folder(args.checkpoint / "checkpoints"),
         "prompts_sha256": prompts_sha256(questions),
         "seed": args.seed,

@@ -13,7 +13,6 @@ records and resuming are those of `memphis rounds`.
 import argparse
 import dataclasses
 import json
-import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,11 +129,9 @@ class Scribe:
         inner = configs.load(str(self.cot), overrides)
         self.recipe.stage("cot", command, [self.cot, *data_files(inner.data)], [results])
         # A round without pairs trains nothing: the weights are those of the round before.
-        rounds = [
-            path for path in folder.glob("round*") if (path / "rank" / "checkpoints").is_dir()
-        ]
-        last = max(rounds, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
-        self.export("start", last / "rank" if last else folder / "sft")
+        ranks = [folder / f"round{r}" / "rank" for r in range(1, inner.rounds.num_rounds + 1)]
+        trained = [rank for rank in ranks if (rank / "checkpoints").is_dir()]
+        self.export("start", trained[-1] if trained else folder / "sft")
         init = self.recipe.start()
         assert init is not None  # start.hf_folder is start/hf
         return init
