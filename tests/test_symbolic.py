@@ -78,6 +78,13 @@ def is_running(pid: int) -> bool:
         ("x^2=x-101", "x^2=3x-101", None),
         ("x^2=2x-101", "x^2=2x-201", None),
         ("\\frac{4}{3}\\pi", "4.18879", None),
+        # a decimal near a closed form may be meant as it
+        ("2\\pi", "6.28", None),
+        ("2\\pi r", "6.28r", None),
+        ("(2\\pi,1)", "(6.28,1)", None),
+        ("(2\\pi,1)", "(6.28,2)", False),
+        ("2\\pi", "6.5", False),
+        ("x+0.5", "x+0.502", False),
         # math-verify says no, but no number tells them apart
         ("\\sqrt{x^2}", "x", None),
         ("\\sqrt{ab}", "\\sqrt{a}\\sqrt{b}", None),

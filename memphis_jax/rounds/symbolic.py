@@ -29,6 +29,7 @@ _EXPENSIVE = re.compile(
     r"|[0-9]{40}|[0-9]{3}\s*!|[!)}]\s*!"
 )
 _LONGEST = 300  # characters
+_ROUNDED = 0.01  # a decimal this near to a closed form may be meant as it
 
 
 class SymbolicEqual:
@@ -182,7 +183,7 @@ def _equal(a: str, b: str) -> bool | None:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Whether numbers show that two sympy objects are not equal."""
+    """Whether numbers show that two sympy objects are not equal, nor b a rounded a."""
     import sympy  # type: ignore[import-untyped]
     from sympy.core.relational import Relational  # type: ignore[import-untyped]
 
@@ -206,7 +207,10 @@ def _differ(a: Any, b: Any) -> bool:
         # a pair is no number; but x = 2 may be the answer 2
         kinds = (*row, sympy.Expr, sympy.MatrixBase)
         return isinstance(a, kinds) and isinstance(b, kinds)
-    return _apart(*_values(1009, a, b))
+    x, y = _values(1009, a, b)
+    if b.has(sympy.Float) and not a.has(sympy.Float):  # 6.28 for 2 pi: rounded, a person may say
+        return _apart(x, y, _ROUNDED)
+    return _apart(x, y)
 
 
 def _agree(a: Any, b: Any) -> bool:
@@ -217,7 +221,13 @@ def _agree(a: Any, b: Any) -> bool:
         sides = (a.lhs - a.rhs, b.lhs - b.rhs)
         (left, right), (left2, right2) = _values(1009, *sides), _values(1741, *sides)
         return not _apart(left * right2, left2 * right)
-    return not _differ(a, b)
+    return not _differ(a, _exact(b))  # a rounded number does not differ, nor does it agree
+
+
+def _exact(b: Any) -> Any:
+    import sympy
+
+    return b.xreplace({number: sympy.Rational(number) for number in b.atoms(sympy.Float)})
 
 
 def _values(start: int, *expressions: Any) -> list[complex]:
@@ -230,8 +240,8 @@ def _values(start: int, *expressions: Any) -> list[complex]:
     return [complex(expression.subs(point).evalf(20)) for expression in expressions]
 
 
-def _apart(a: complex, b: complex) -> bool:
-    return abs(a - b) > 1e-9 * max(1.0, abs(a), abs(b))
+def _apart(a: complex, b: complex, tolerance: float = 1e-9) -> bool:
+    return abs(a - b) > tolerance * max(1.0, abs(a), abs(b))
 
 
 if __name__ == "__main__":
