@@ -193,14 +193,36 @@ def causal_attention(
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embedding(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype | str) -> jax.Array:
+    """Rows `tokens` [B, T] of a table [V, D], [B, T, D] in `dtype`.
+
+    The gradient is added up in the table's dtype: thousands of occurrences of one token would be
+    lost in a sum of bfloat16.
+    """
+    return table.astype(dtype)[tokens]
+
+
+def _embedding_forward(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype | str) -> Any:
+    return embedding(table, tokens, dtype), (table, tokens)
+
+
+def _embedding_backward(_: jnp.dtype | str, kept: Any, gradient: jax.Array) -> Any:
+    table, tokens = kept
+    return jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype)), None
+
+
+embedding.defvjp(_embedding_forward, _embedding_backward)
+
+
 class Ops(NamedTuple):
     """What a mesh of devices computes another way, or lays out; the values are the same.
 
     `memphis_jax.parallel` makes those of a mesh; the defaults are for one device.
     """
 
-    # table [V, D], tokens [B, T] -> [B, T, D]
-    lookup: Callable[[jax.Array, jax.Array], jax.Array] = lambda table, tokens: table[tokens]
+    # table [V, D], tokens [B, T], dtype -> [B, T, D] in dtype
+    lookup: Callable[[jax.Array, jax.Array, jnp.dtype | str], jax.Array] = embedding
     # x, kind of activation -> x, laid out as that kind lies
     constrain: Callable[[jax.Array, str], jax.Array] = lambda x, _: x
     # q [B, T, N, H], k, v [B, T, K, H], segment_ids [B, T] -> [B, T, N, H], causal in segments
@@ -316,7 +338,7 @@ class StableLM(nnx.Module):
         self, tokens: jax.Array, dtype: jnp.dtype | str = jnp.float32, ops: Ops = ONE_DEVICE
     ) -> jax.Array:
         """tokens [B, T] int32 -> embeddings [B, T, D] in `dtype`, the dtype of all that follows."""
-        return ops.lookup(self.embed_tokens[...].astype(dtype), tokens)
+        return ops.lookup(self.embed_tokens[...], tokens, dtype)
 
     def rotary(self, positions: jax.Array) -> Rotary:
         return Rotary(positions, self.config.rotary_dim, self.config.rope_theta)

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memphis_jax.config import ConfigError, MeshConfig
+from memphis_jax.model import embedding
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that divide a batch
@@ -121,8 +122,8 @@ def constrain(x: jax.Array, kind: str, *, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def lookup(table: jax.Array, tokens: jax.Array, *, mesh: Mesh) -> jax.Array:
-    """table[tokens] for an embedding [V, D] over (model, fsdp): [B, T, D], a "residual".
+def lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype | str, *, mesh: Mesh) -> jax.Array:
+    """`model.embedding` for a table [V, D] over (model, fsdp): [B, T, D], a "residual".
 
     Tokens travel instead of the table: each device looks up all rows of its fsdp group in its part
     of D and V, then the parts change places. The gradient comes out divided like the table.
@@ -135,11 +136,12 @@ def lookup(table: jax.Array, tokens: jax.Array, *, mesh: Mesh) -> jax.Array:
         if vocab_axis is None:
             length = tokens.shape[1] // parts
             start = jax.lax.axis_index("model") * length
-            x = table[jax.lax.dynamic_slice_in_dim(tokens, start, length, axis=1)]
+            own = jax.lax.dynamic_slice_in_dim(tokens, start, length, axis=1)
+            x = embedding(table, own, dtype)
         else:
             size = table.shape[0]
             own = tokens - jax.lax.axis_index("model") * size
-            x = table[jnp.clip(own, 0, size - 1)]
+            x = embedding(table, jnp.clip(own, 0, size - 1), dtype)
             x = x * ((own >= 0) & (own < size))[..., None].astype(x.dtype)
             # Every token is in the part of one device: adding the others' zeros changes no bit.
             x = jax.lax.psum_scatter(x, "model", scatter_dimension=1, tiled=True)

@@ -23,7 +23,7 @@ from meshes import COMPUTE, PHASES, SETTINGS, SHAPES, SIZES, batch, gradients
 
 from memphis_jax import checkpoint, sharding
 from memphis_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig, check_mesh
-from memphis_jax.model import abstract
+from memphis_jax.model import abstract, embedding
 from memphis_jax.train import TrainState, abstract_state, init_state, make_step
 
 TESTS = Path(__file__).parent
@@ -213,12 +213,28 @@ def test_lookup_and_its_gradient(shape: tuple[int, int, int], vocab_size: int) -
         return (find(table, tokens) * weight).sum()
 
     def on_mesh(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        return sharding.lookup(table, tokens, mesh=mesh)
+        return sharding.lookup(table, tokens, table.dtype, mesh=mesh)
 
     assert_same_bits({"x": jax.jit(on_mesh)(table, tokens)}, {"x": table[tokens]})
     found = jax.jit(jax.grad(total), static_argnums=1)(table, on_mesh)
     wanted = jax.grad(total)(table, lambda table, tokens: table[tokens])
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_a_frequent_tokens_gradient_is_not_lost_in_bfloat16(shape: tuple[int, int, int]) -> None:
+    mesh, table = mesh_of(shape), jnp.zeros((64, 16))
+    tokens = jnp.zeros((8, 512), jnp.int32)  # one token, 4096 times
+    weight = np.random.default_rng(0).normal(0.5, 0.5, (8, 512, 16)).astype("float32")
+
+    def total(table: jax.Array, find: Any) -> jax.Array:
+        return (find(table, tokens, "bfloat16").astype("float32") * weight).sum()
+
+    finds = (embedding, lambda *args: sharding.lookup(*args, mesh=mesh))
+    for find in finds:
+        found = jax.jit(jax.grad(total), static_argnums=1)(table, find)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found[0], weight.sum((0, 1)), rtol=0.01)
 
 
 # --- checkpoints
