@@ -43,6 +43,12 @@ def train(argv: Sequence[str]) -> None:
     )
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
+    if config.start.hf_folder and not args.init:
+        raise configs.ConfigError(
+            f"start.hf_folder = {config.start.hf_folder!r} without --init: convert it with `python "
+            "-m convert from-hf HF_FOLDER DIR` and give --init DIR, or set "
+            "--config.start.hf_folder='' for random weights"
+        )
     from memphis_jax import checkpoint
     from memphis_jax import train as training
     from memphis_jax.runtime import is_first, start_jax
@@ -59,14 +65,18 @@ def train(argv: Sequence[str]) -> None:
         raise configs.ConfigError(
             f"the tokenizer has {vocabulary} tokens, model.vocab_size is {model.vocab_size}"
         )
+    _check_eos(eos_id, model, tokenizer_folder, converted=bool(args.init))
     batches, data_sha256 = _batches(args, settings, config.seed, tokenizer, eos_id, mesh)
     identity = {
         "phase": args.phase,
-        "settings": _without(settings, "accumulation"),
+        "settings": _without(
+            settings, "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"
+        ),
         "compute": _without(config.compute, "remat", "attention", "logprob_chunk"),
         "seed": config.seed,
         "data_sha256": data_sha256,
         "tokenizer_sha256": sha256_file(tokenizer_folder / "tokenizer.json"),
+        "eos_id": eos_id,
         "start": sha256_folder(args.init / "checkpoints")
         if args.init
         else dataclasses.asdict(config.model),
@@ -88,6 +98,21 @@ def train(argv: Sequence[str]) -> None:
 def _without(section: Any, *names: str) -> dict[str, Any]:
     """The fields of a section save those that fit the run to a machine, which may change."""
     return {k: v for k, v in dataclasses.asdict(section).items() if k not in names}
+
+
+def _check_eos(eos_id: int, model: configs.ModelConfig, folder: Path, converted: bool) -> None:
+    """Other engines stop at the id in the exported config.json: it has to be the one trained."""
+    if eos_id == model.eos_token_id:
+        return
+    told = f"{folder}: its EOS token has id {eos_id}, the model's eos_token_id is "
+    told += f"{model.eos_token_id}"
+    if not converted:
+        raise configs.ConfigError(f"{told}: set --config.model.eos_token_id={eos_id}")
+    from memphis_jax.runtime import is_first
+
+    if is_first():
+        told += "; answers end with the former, which other engines have to be told after an export"
+        print(told, file=sys.stderr, flush=True)
 
 
 def _model_config(init: Path | None, config: configs.RunConfig) -> configs.ModelConfig:

@@ -505,6 +505,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _not_negative(self, "seed")
         for name in ("sft", "rank"):
             seq_len = getattr(self, name).seq_len
             _require(
@@ -566,7 +567,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     _require(Path(path).is_file(), f"--config {path}: no such file")
     if path.endswith(".json"):
         _require(not overrides, f"{path} is a saved config: it takes no overrides ({overrides})")
-        return build(RunConfig, json.loads(Path(path).read_text()))
+        try:
+            saved = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}") from None
+        return build(RunConfig, saved)
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 

@@ -36,7 +36,7 @@ def one_line(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _end(f"\n{command}: interrupted; the same command goes on from here")
+        _end(f"\n{command}: interrupted; the same command goes on from what is saved")
     except Stopped as stopped:  # on all hosts at once
         print(f"{command}: {stopped}", file=sys.stderr, flush=True)
         sys.exit(stopped.exit_code)

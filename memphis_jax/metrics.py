@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class MetricsWriter:
     """Writes one row per call; a context manager.
 
-    Rows at or after `resume_step` left by an interrupted run are removed first, so that
+    Rows after `resume_step` left by an interrupted run are removed first, so that
     metrics.jsonl holds each step once, however often the run was stopped.
     """
 

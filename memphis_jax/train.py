@@ -5,8 +5,9 @@ refused otherwise. `memphis train --help` is the stage that `memphis rounds` run
 """
 
 import dataclasses
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -245,6 +246,9 @@ def carry_optimizer(folder: Path, state: TrainState, settings: PhaseConfig) -> T
     Raises ConfigError where they are of another optimizer or of other parameters.
     """
     if not checkpoint.has_train(folder):
+        if is_first():
+            told = f"keep_optimizer_state: {folder} has no optimizer state, a fresh one is used"
+            print(told, file=sys.stderr, flush=True)
         return state
     saved_settings = checkpoint.read_meta(folder)["identity"]["settings"]["optimizer"]
     for name in ("name", "freeze_embeddings", "momentum"):
@@ -286,7 +290,7 @@ def run(
     batches = iter(loader)
     state = resume(workdir, state, batches, identity, mesh)
     step_fn = make_step(phase, settings, compute, loader.num_steps, mesh)
-    _check_not_stopped(state, phase, workdir, settings)
+    _check_not_stopped(state, phase, workdir, settings, loader.num_steps)
     step = start = int(state.step)
     with (
         Preemption() as preemption,
@@ -309,7 +313,7 @@ def run(
             if last or ended or step % settings.checkpoint_every == 0:
                 meta = {"identity": identity, "loader": batches.get_state(), "step": step}
                 checkpoint.save(manager, step, state.model, meta, state.without_model())
-    _check_not_stopped(state, phase, workdir, settings)
+    _check_not_stopped(state, phase, workdir, settings, loader.num_steps)
     if step < loader.num_steps:
         raise Stopped(
             f"{phase}: SIGTERM; step {step} of {loader.num_steps} is saved in {workdir}, and the "
@@ -326,14 +330,22 @@ def _writer(workdir: Path, start: int, num_steps: int, phase: str) -> Any:
     return MetricsWriter(workdir, resume_step=start, num_steps=num_steps, label=phase)
 
 
-def _check_not_stopped(state: TrainState, phase: str, workdir: Path, settings: PhaseConfig) -> None:
-    """Raises TrainingStopped where the newest steps were not finite, also at a new start."""
+def _check_not_stopped(
+    state: TrainState, phase: str, workdir: Path, settings: PhaseConfig, num_steps: int
+) -> None:
+    """Raises TrainingStopped where the newest or all steps were not finite, also at a new start."""
     if int(state.skipped_in_a_row) >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingStopped(
             f"{phase}: loss, gradient or update was not finite in {MAX_SKIPPED_IN_A_ROW} steps in "
             f"a row, up to step {int(state.step)}; the weights from before are saved in {workdir}. "
             f"Lower the learning rate ({settings.optimizer.learning_rate:g}) or look at the data, "
             "and start in another workdir."
+        )
+    if 0 < int(state.skipped) == int(state.step) == num_steps:
+        raise TrainingStopped(
+            f"{phase}: loss, gradient or update was not finite in any of the {num_steps} steps: "
+            f"nothing was trained. Lower the learning rate ({settings.optimizer.learning_rate:g}) "
+            "or look at the data, and start in another workdir."
         )
 
 
@@ -356,7 +368,9 @@ def resume(
     if same_on_all_hosts(step, f"the newest checkpoint of {workdir}") < 0:
         return state
     meta = checkpoint.read_meta(workdir, step)
-    if lines := difference(meta["identity"], identity):
+    if "identity" not in meta:
+        raise ConfigError(f"{workdir} holds a converted model and no run: use another --workdir")
+    if lines := difference(*_common(meta["identity"], identity)):
         raise ConfigError(
             f"{workdir} holds a run with another config: use another --workdir, or delete it. "
             "Differing (saved -> given): " + "; ".join(lines)
@@ -365,6 +379,16 @@ def resume(
     model, _ = checkpoint.restore_model(workdir, mesh=mesh)
     saved = checkpoint.restore_train(workdir, state.without_model(), step)
     return TrainState(model=model, **saved)
+
+
+def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without what only one of them names: other versions had other fields."""
+    left, right = {}, {}
+    for name in a.keys() & b.keys():
+        left[name], right[name] = a[name], b[name]
+        if isinstance(a[name], Mapping) and isinstance(b[name], Mapping):
+            left[name], right[name] = _common(a[name], b[name])
+    return left, right
 
 
 class Meter:

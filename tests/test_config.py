@@ -150,6 +150,11 @@ def test_saved_config_is_read_back(path: str, tmp_path: Path) -> None:
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load(str(tmp_path / "none.py"))
+    (tmp_path / "cut.json").write_text('{"seed": ')
+    with pytest.raises(ConfigError, match="cut.json is no JSON"):
+        load(str(tmp_path / "cut.json"))
+    with pytest.raises(ConfigError, match="seed"):
+        load("configs/tiny.py", ["--config.seed=-1"])
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="get_config"):
         load(str(tmp_path / "empty.py"))

@@ -198,6 +198,20 @@ def test_metrics_of_a_rank_run(tmp_path: Path) -> None:
 # --- steps that are not finite
 
 
+def test_a_phase_that_trained_nothing_is_no_success(tmp_path: Path) -> None:
+    loader = poisoned(Loader(2, make_loader().batch_at), {1, 2})
+    for _ in range(2):  # nor when it is started again
+        with pytest.raises(TrainingStopped, match="in any of the 2 steps: nothing was trained"):
+            train(tmp_path, loader=loader)
+
+
+def test_a_converted_model_is_no_run(tmp_path: Path) -> None:
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, 0, tiny_model(**SMALL), {})
+    with pytest.raises(ConfigError, match="holds a converted model and no run"):
+        train(tmp_path)
+
+
 def test_a_poisoned_step_is_skipped_and_counted(tmp_path: Path) -> None:
     loader = make_loader()
     assert loader.num_steps >= 8

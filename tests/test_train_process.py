@@ -167,6 +167,24 @@ def test_a_changed_config_is_refused(world: Path, changes: dict[str, str]) -> No
         assert line in done.stderr
 
 
+def test_what_changes_no_result_may_change(world: Path) -> None:
+    done = train(world, "whole", "--config.sft.log_every=5", "--config.sft.keep_checkpoints=1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_that_would_not_be_read_are_refused(world: Path) -> None:
+    done = train(world, "started", "--config.start.hf_folder=/no/such/folder")
+    assert done.returncode == 1
+    assert "'/no/such/folder' without --init: convert it" in done.stderr
+    assert not (world / "started").exists()
+
+
+def test_another_eos_than_the_models_is_refused(world: Path) -> None:
+    done = train(world, "eos", "--config.model.eos_token_id=7")
+    assert done.returncode == 1
+    assert "set --config.model.eos_token_id=0" in done.stderr
+
+
 def test_another_tokenizer_is_refused(world: Path) -> None:
     """The same rows would be other tokens."""
     procedural.write(world / "other", procedural.generate(200, 1, 1, seed=9), 450)
