@@ -151,7 +151,7 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load(str(tmp_path / "none.py"))
     (tmp_path / "cut.json").write_text('{"seed": ')
-    with pytest.raises(ConfigError, match="cut.json is no JSON"):
+    with pytest.raises(ConfigError, match=r"cut\.json is no JSON"):
         load(str(tmp_path / "cut.json"))
     with pytest.raises(ConfigError, match="seed"):
         load("configs/tiny.py", ["--config.seed=-1"])
