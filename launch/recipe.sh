@@ -44,7 +44,11 @@ parse_options() {
       --delete) delete=yes && shift ;;
       --spot | --internal-ips) creation+=("$1") && shift ;;
       --config.*=*) rest+=("$1") && shift ;;
-      --config.*) rest+=("$1" "${2-}") && shift 2 ;;
+      --config.*)
+        [[ $# -gt 1 ]] || fail "$1 needs a value (see --help)"
+        rest+=("$1" "$2")
+        shift 2
+        ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --*)
         [[ $# -gt 1 ]] || fail "$1 needs a value (see --help)"
@@ -100,7 +104,7 @@ interrupted() {
 }
 
 main() {
-  local code=0 rounds path=$checkout${PYTHONPATH:+:$PYTHONPATH}
+  local costs code=0 rounds path=$checkout${PYTHONPATH:+:$PYTHONPATH}
   parse_options "$@"
   if [[ -s $pod/options && ${#creation[@]} == 0 ]]; then
     load_pod
@@ -108,6 +112,7 @@ main() {
   fi
   [[ $type =~ -[0-9]+$ ]] || fail "no --type: an accelerator type such as v5litepod-16 (see --help)"
   check_workdir
+  costs="$name still runs and costs money: launch/tpu_delete.sh $name"
   open true
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
@@ -115,7 +120,8 @@ main() {
     "$((slices * $(devices_of "$type")))" "${rest[@]}" || exit 1
   run "$here/tpu_create.sh" "$name" "${creation[@]}" ${dry:+--dry-run}
   if [[ -z $dry || -s $pod/options ]]; then
-    run "$here/tpu_setup.sh" "$name" ${dry:+--dry-run}
+    run "$here/tpu_setup.sh" "$name" ${dry:+--dry-run} || code=$?
+    ((code == 0)) || { say "$name could not be set up; $costs" && exit "$code"; }
   fi
   rounds=("$(own_python)" -m memphis_jax rounds --config "$config" --workdir "$workdir"
     "--config.executor.train=$(quoted "$here/tpu_run.sh" "$name" --)")
@@ -125,12 +131,12 @@ main() {
   case $code in
     0) ;;
     75 | 76 | 255)
-      say "the run was interrupted (exit code $code): the same command goes on where it was"
+      say "the run was interrupted (exit code $code): the same command goes on where it was." \
+        "Meanwhile $costs"
       exit "$code"
       ;;
     *)
-      say "memphis rounds failed (exit code $code); $name still runs and costs money:" \
-        "launch/tpu_delete.sh $name"
+      say "memphis rounds failed (exit code $code); $costs"
       exit "$code"
       ;;
   esac
@@ -138,7 +144,7 @@ main() {
   if [[ -n $delete ]]; then
     run "$here/tpu_delete.sh" "$name" ${dry:+--dry-run}
   else
-    say "$name still runs and costs money: launch/tpu_delete.sh $name"
+    say "$costs"
   fi
 }
 

@@ -107,8 +107,11 @@ check_bucket() {
     case $(<"$tmp/err") in
       *"not found"* | *404*) fail "there is no bucket $bucket: gcloud storage buckets create $bucket" \
         "--location=${zone%-*} --uniform-bucket-level-access --enable-hierarchical-namespace" ;;
-      *) fail "no permission to read the bucket $bucket ($(gc_error)): ask for the role" \
-        "roles/storage.admin there, or for another bucket" ;;
+      *403* | *PERMISSION_DENIED* | *"does not have"*)
+        fail "no permission to read the bucket $bucket ($(gc_error)): ask for the role" \
+          "roles/storage.admin there, or for another bucket"
+        ;;
+      *) fail "cannot look at the bucket $bucket now: $(gc_error)" ;;
     esac
   fi
   [[ -z $dry ]] || return 0
@@ -137,11 +140,11 @@ request() {
 # A pod of this name that was requested from here otherwise, and is still there, is an error: what
 # follows would take it for one that is gone.
 check_existing() {
-  local old wanted="$slices x $type in $zone of $project"
+  local old wanted="$slices x $type in $zone of $project with $bucket"
   [[ -s $pod/options ]] || return 0
   old=$(
     load_pod
-    printf '%s x %s in %s of %s' "$slices" "$type" "$zone" "$project"
+    printf '%s x %s in %s of %s with %s' "$slices" "$type" "$zone" "$project" "$bucket"
     look
     [[ $state != gone ]] || printf ' (gone)'
   ) || exit 1
@@ -163,6 +166,7 @@ main() {
     check_existing
     look
     save_pod
+    rm -f "$pod/deleted"
   fi
   if [[ $state == gone ]]; then
     if [[ $why != "there is none" ]]; then

@@ -32,11 +32,18 @@ main() {
   load_pod
   open true
   look
+  [[ $state != unknown || -n $force ]] || fail "whether a job runs on $name is not known ($why):" \
+    "again later, or --force"
   if [[ $state == ready ]]; then
     on_all remote state "$mount"
+    if [[ -z $dry && -z $force ]] && process=$(not_reached); then
+      fail "whether a job runs on $(label "$process") is not known, it cannot be reached: again" \
+        "later, or --force"
+    fi
     if [[ -z $dry ]] && process=$(any_running); then
       [[ -n $force ]] || fail "a job runs on $(label "$process"): wait for it (launch/tpu_status.sh" \
         "$name), or give --force, which stops it"
+      touch "$pod/deleted" # a tpu_run.sh that still follows must not start it again
       say "stopping the job"
       on_all remote stop 60
     fi
@@ -45,6 +52,7 @@ main() {
     say "$name is gone already"
     return
   fi
+  [[ -n $dry ]] || touch "$pod/deleted" # tpu_run.sh must not request it again
   gc compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ||
     explain "delete $name"
   [[ -n $dry ]] || say "$name is deleted"

@@ -197,10 +197,14 @@ interrupted() {
 }
 
 stop_job() {
+  local process
   tmp=$(mktemp -d "/tmp/${program%.sh}.XXXXXX")
   mkdir -p "$tmp/children" "$tmp/worker"
   touch "$tmp/none"
-  if on_all remote_stop; then
+  on_all remote_stop
+  if process=$(not_reached); then
+    say "$(label "$process") could not be reached, the job may go on: launch/tpu_run.sh $name --stop"
+  else
     say "stopped; the same command goes on from the last checkpoint"
   fi
   rm -rf "$tmp"

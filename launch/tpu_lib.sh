@@ -133,6 +133,9 @@ explain() {
   local error
   error=$(gc_error)
   case $(<"$tmp/err") in
+    *"refreshing your current auth tokens"*"ConnectionPool"* | *"ConnectionPool"*"timed out"*)
+      fail "cannot $1: no connection to Google ($error). Give the same command again"
+      ;;
     *"active account"* | *"gcloud auth login"*) fail "gcloud has no account: run 'gcloud auth login'" ;;
     *SERVICE_DISABLED* | *"has not been used in project"* | *"it is disabled"*)
       fail "the Cloud TPU API is off in $project: gcloud services enable tpu.googleapis.com" \
@@ -191,7 +194,12 @@ look() {
 unseen() {
   case $(<"$tmp/err") in
     *NOT_FOUND*) state=gone why="node $1 is gone" ;;
-    *account* | *PERMISSION_DENIED* | *403* | *disabled* | *"Permission denied"*) explain "look at $1" ;;
+    *"refreshing your current auth tokens"* | *ConnectionPool* | *"timed out"* | *"HTTP 5"* | *HttpError\ 5*)
+      state=unknown why=$(gc_error) # it speaks of accounts, but the network is gone
+      ;;
+    *account* | *PERMISSION_DENIED* | *"HttpError 403"* | *disabled* | *"Permission denied"*)
+      explain "look at $1"
+      ;;
     *) state=unknown why=$(gc_error) ;;
   esac
 }

@@ -91,12 +91,19 @@ set_option() {
 
 # The workers see this machine's files only on the mount.
 check_command() {
-  local word
+  local word option='' given
   [[ ${command[0]} =~ (^|/)python[0-9.]*$ ]] ||
     fail "the command after -- must begin with an interpreter (python), not ${command[0]}"
   for word in "${command[@]:1}"; do
-    [[ $word != --*=* ]] || word=${word#*=}
-    [[ $word == */* && -e $word && $word != "$mount"/* ]] || continue
+    given=$word
+    [[ $word != --*=* ]] || option=${word%%=*} word=${word#*=}
+    case $option in
+      --workdir | --init | --data | --config) ;; # of the workers, be it there yet or not
+      *) [[ $word == */* && -e $word ]] || word='' ;;
+    esac
+    option=$given
+    [[ -n $word && $word != "$mount"/* ]] || continue
+    [[ $word != *://* ]] || fail "$word: give $mount/NAME, where the bucket is mounted on the workers"
     fail "$word is not below $mount, so the workers do not see it: put it on the bucket, and give" \
       "absolute paths"
   done
@@ -131,21 +138,36 @@ ensure_pod() {
 }
 
 have_pod() {
+  local attempt
+  check_not_deleted
   wait_for_pod
   [[ $state == gone ]] || return 0
   say "$name: $why"
-  child "$tmp/none" "$here/tpu_create.sh" "$name" --again || fail "$name could not be had again"
+  for ((attempt = 1; ; attempt++)); do
+    check_not_deleted
+    ! child "$tmp/none" "$here/tpu_create.sh" "$name" --again || break
+    ((attempt < tries)) || fail "$name could not be had again"
+    child "$tmp/none" sleep "$poll"
+  done
   wait_for_pod
   [[ $state == ready ]] || fail "$name: $why"
 }
 
+check_not_deleted() {
+  [[ ! -e $pod/deleted ]] || fail "$name was deleted with launch/tpu_delete.sh: the same command" \
+    "requests it again"
+}
+
 # What changes when the run gets on: the names of its checkpoints.
 progress() {
-  local at
+  local at folder
   for at in "${!command[@]}"; do
-    if [[ ${command[at]} == --workdir && -d ${command[at + 1]-}/checkpoints ]]; then
-      ls "${command[at + 1]}/checkpoints"
-    fi
+    case ${command[at]} in
+      --workdir) folder=${command[at + 1]-} ;;
+      --workdir=*) folder=${command[at]#*=} ;;
+      *) continue ;;
+    esac
+    [[ ! -d $folder/checkpoints ]] || ls "$folder/checkpoints"
   done
 }
 
@@ -180,7 +202,7 @@ judge() {
 # A pod that is taken away gives its processes SIGTERM first: its state follows within a minute.
 settle() {
   local looks=1
-  [[ " ${codes[*]} " != *" 75 "* ]] || looks=4
+  [[ ! " ${codes[*]} " =~ \ (75|76)\  ]] || looks=4
   while ((looks-- > 0)); do
     look
     [[ $state == ready ]] || break
@@ -211,16 +233,20 @@ last_code() {
 }
 
 main() {
-  local try=0 before
+  local try=0 before process
   parse_options "$@"
   open true
   lock_pod
+  [[ -n $dry ]] || rm -f "$pod/deleted" # of before: this command was given after it
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
   if [[ -n $only_stop ]]; then
     look
     [[ $state == ready ]] || fail "$name is not there: $why"
     on_all remote stop 60
+    if process=$(not_reached); then
+      fail "$(label "$process") cannot be reached: what runs there may go on. Give the same command again"
+    fi
     say "nothing runs on $name"
     return
   fi

@@ -87,6 +87,18 @@ connection_lost() {
   return 1
 }
 
+# Unlike 127, of a worker that was never set up: the first that did not answer at all.
+not_reached() {
+  local process
+  for process in "${!node[@]}"; do
+    case $(<"$tmp/worker/$process.code") in
+      0 | 127) ;;
+      *) echo "$process" && return 0 ;;
+    esac
+  done
+  return 1
+}
+
 any_running() {
   local process
   for process in "${!node[@]}"; do

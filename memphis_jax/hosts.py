@@ -154,7 +154,10 @@ class Member:
                 break
         if good or code == 1:  # 1: a line of its own said why
             return code
-        if code == -signal.SIGKILL or self._blamed not in (-1, self.group.process):
+        if code in (-signal.SIGKILL, -signal.SIGTERM) or self._blamed not in (
+            -1,
+            self.group.process,
+        ):
             raise _Lost(self._lost or f"process {self.group.process} was killed: {_advice()}")
         return 1
 

@@ -118,6 +118,18 @@ def test_a_coordinator_that_does_not_come_is_named(group: Callable[..., Group]) 
     assert f"process 0 (localhost:{two.port + 1}) was not reached within 2 s" in said
 
 
+def test_sigterm_before_anything_could_be_saved_is_no_error(group: Callable[..., Group]) -> None:
+    """A pod that is taken away while it starts: the launcher tries again after 76, not after 1."""
+    two = group(2)
+    for process in range(2):
+        two.start(process, SLEEP)
+    for process in range(2):
+        two.child(process)
+    for process in range(2):
+        two.guards[process].terminate()
+    assert all(two.end(process)[0] == 76 for process in range(2))
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_process_stops_all_by_name(group: Callable[..., Group], victim: int) -> None:
     three = group(3)

@@ -462,6 +462,66 @@ def test_maintenance_and_a_cloud_that_cannot_be_asked(pod: Place) -> None:
     assert len(pod.jobs()) == 1 and len(pod.cloud.calls("queued-resources create")) == 1
 
 
+# What gcloud says where the network is gone while its token is renewed.
+REFRESH = (
+    "There was a problem refreshing your current auth tokens: HTTPSConnectionPool(host='x'): Max "
+    "retries exceeded\nPlease run:\n  $ gcloud auth login\n  $ gcloud config set account ACCOUNT"
+)
+
+
+@pytest.mark.parametrize("said", [REFRESH, "gcloud crashed (X): HTTP 503 for project 1403266"])
+def test_a_network_outage_is_no_lack_of_permission(pod: Place, said: str) -> None:
+    process = pod.run_and_wait_at(2)
+    describe = "compute tpus queued-resources describe"
+    with pod.cloud.state() as state:
+        state["deny"] = {describe: said}
+    asked = len(pod.cloud.calls(describe))
+    wait_for(lambda: len(pod.cloud.calls(describe)) > asked + 1, "two looks in vain")
+    with pod.cloud.state() as state:
+        state["deny"] = {}
+    pod.control()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    pod.check_finished()
+
+
+def test_a_deleted_pod_is_not_requested_again_by_what_ran_there(pod: Place) -> None:
+    process = pod.run_and_wait_at(2)
+    pod.ok("tpu_delete.sh", "pod", "--force")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "pod was deleted with launch/tpu_delete.sh" in errors
+    assert len(pod.cloud.calls("queued-resources create")) == 1
+
+
+def test_a_worker_that_cannot_be_reached_is_not_called_stopped(pod: Place) -> None:
+    process = pod.run_and_wait_at(2)
+    process.kill()
+    process.communicate(timeout=10)
+    with pod.cloud.state() as state:
+        state["deny"] = {"compute tpus tpu-vm ssh": "no route to host"}
+    stopped = pod.call("tpu_run.sh", "pod", "--stop")
+    assert stopped.returncode == 1 and "pod worker 0 cannot be reached" in stopped.stderr
+    deleted = pod.call("tpu_delete.sh", "pod")
+    assert deleted.returncode == 1 and "is not known, it cannot be reached" in deleted.stderr
+    assert pod.is_running()
+
+
+def test_a_request_in_vain_is_repeated(pod: Place) -> None:
+    create = "compute tpus queued-resources create"
+    process = pod.run_and_wait_at(2)
+    with pod.cloud.state() as state:
+        state["deny"] = {create: "UNAVAILABLE: The service is currently unavailable."}
+    pod.cloud.preempt("pod", "SUSPENDED")
+    wait_for(lambda: len(pod.cloud.calls(create)) > 1, "a request in vain")
+    with pod.cloud.state() as state:
+        state["deny"] = {}
+    pod.control()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    pod.check_finished()
+
+
 def test_stop(pod: Place) -> None:
     process = pod.run_and_wait_at(2)
     process.kill()
@@ -489,6 +549,11 @@ def test_paths_that_the_workers_do_not_see_are_refused(pod: Place) -> None:
     for word in (str(outside), f"--data={outside}", "tpu/pod/options"):
         message = error_of(pod, "tpu_run.sh", "pod", "--", "python", word)
         assert f"{word.removeprefix('--data=')} is not below {pod.mount}" in message
+    for words in (["--workdir", "runs/new"], ["--workdir=runs/new"], ["--init", "runs/new"]):
+        message = error_of(pod, "tpu_run.sh", "pod", "--", "python", *words)
+        assert f"runs/new is not below {pod.mount}" in message
+    message = error_of(pod, "tpu_run.sh", "pod", "--", "python", "--workdir", "gs://bucket/x")
+    assert f"gs://bucket/x: give {pod.mount}/NAME" in message
     assert "must begin with an interpreter" in error_of(pod, "tpu_run.sh", "pod", "--", "ls", "-l")
     assert "no command" in error_of(pod, "tpu_run.sh", "pod", "--")
     assert "--tries 0 is not" in error_of(pod, "tpu_run.sh", "pod", "--tries", "0", "--", "python")

@@ -71,7 +71,9 @@ class Ledger:
         if exit_code == 0 and not missing:
             record["outputs"] = {self._relative(path): _hash(path) for path in stage.outputs}
         self._write(record)
-        if terminated or exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
+        # 255: ssh, or launch/tpu_run.sh, lost the connection to where the stage runs.
+        lost = bool(stage.prefix) and exit_code == 255
+        if terminated or lost or exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
             raise Stopped(
                 f"stage {stage.name} was interrupted; the same command goes on",
                 EXIT_PREEMPTED if terminated else exit_code,
