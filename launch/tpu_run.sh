@@ -12,7 +12,8 @@ Runs COMMAND on every worker of the pod NAME as one multi-host JAX job, shows wo
 keeps every worker's in a file. The pod is set up first where it lacks this checkout.
 
   launch/tpu_run.sh pod -- python -m memphis_jax train --config /mnt/memphis/cot/config.json \
-      --phase sft --workdir /mnt/memphis/cot/sft --data /mnt/memphis/cot/data
+      --phase sft --workdir /mnt/memphis/cot/sft --data /mnt/memphis/cot/data \
+      --init /mnt/memphis/cot/init
 
 As the place of a run's stages:  memphis rounds ... --config.executor.train="launch/tpu_run.sh NAME --"
 

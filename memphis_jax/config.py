@@ -554,6 +554,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         _require(isinstance(value, list | tuple), f"{where} = {value!r} must be a tuple")
         inner = typing.get_args(kind)[0]
         return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, float):
+        _require(math.isfinite(value), f"{where} = {value} must be a finite number")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wrong_bool = isinstance(value, bool) and kind is not bool

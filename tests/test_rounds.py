@@ -16,8 +16,9 @@ import pytest
 
 from memphis_jax import config as configs
 from memphis_jax.rounds import commands
-from memphis_jax.rounds.files import read_jsonl, write_jsonl
-from memphis_jax.rounds.run import claim
+from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
+from memphis_jax.rounds.run import check, claim
+from memphis_jax.rounds.run import run as rounds_run
 
 REPO = Path(__file__).parents[1]
 MEMPHIS = [sys.executable, "-m", "memphis_jax"]
@@ -180,10 +181,32 @@ def test_gsm8k_with_the_real_tokenizer_goes_through_every_stage(
 def test_a_config_is_the_same_when_it_comes_back_from_its_file(tmp_path: Path) -> None:
     """Tuples too: else no stopped run could go on."""
     config = configs.load(str(REPO / "configs" / "tiny.py"))
+    claim(tmp_path, dataclasses.replace(config, seed=4))  # nothing is done yet: it may change
     claim(tmp_path, config)
+    (tmp_path / "ledger").mkdir()
+    write_json(tmp_path / "ledger" / "data.json", {"outputs": {"data": "0"}})
     claim(tmp_path, config)
     with pytest.raises(configs.ConfigError, match="seed: 0 -> 5"):
         claim(tmp_path, dataclasses.replace(config, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"executor": configs.ExecutorConfig(train="nosuch --")}, "no command 'nosuch'"),
+        ({"executor": configs.ExecutorConfig(generate="ssh 'a")}, "No closing quotation"),
+    ],
+)
+def test_what_would_fail_after_hours_is_said_at_once(changes: dict[str, Any], told: str) -> None:
+    config = configs.load(str(REPO / "configs" / "tiny.py"))
+    with pytest.raises(configs.ConfigError, match=told):
+        check(dataclasses.replace(config, **changes))
+
+
+def test_the_other_recipes_config_is_refused(tmp_path: Path) -> None:
+    words = ["--config", str(REPO / "configs" / "tiny_scribe.py"), "--workdir", str(tmp_path)]
+    with pytest.raises(configs.ConfigError, match="`memphis scribe` reads it"):
+        rounds_run(words)
 
 
 def graded_file(path: Path, rows: list[dict[str, Any]], num_samples: int, *skipped: str) -> Path:

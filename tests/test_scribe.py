@@ -71,11 +71,15 @@ def test_a_newer_config_field_does_not_stop_an_older_run(tmp_path: Path) -> None
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["data"]["task"], saved["merge"]
     write_json(tmp_path / "config.json", saved)
+    (tmp_path / "ledger").mkdir()
+    write_json(tmp_path / "ledger" / "data.json", {"outputs": {"data": "0"}})
     claim(tmp_path, dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, task="sums")))
 
 
 def test_the_merge_of_a_run_may_change_and_nothing_else(tmp_path: Path) -> None:
     claim(tmp_path, TINY)
+    (tmp_path / "ledger").mkdir()
+    write_json(tmp_path / "ledger" / "data.json", {"outputs": {"data": "0"}})
     claim(tmp_path, dataclasses.replace(TINY, merge=configs.MergeConfig(t=0.7, sweep=(0.1,))))
     with pytest.raises(configs.ConfigError, match="seed: 0 -> 5"):
         claim(tmp_path, dataclasses.replace(TINY, seed=5))

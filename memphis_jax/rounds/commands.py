@@ -34,6 +34,7 @@ def grade(argv: Sequence[str]) -> None:
         "--out", required=True, type=Path, help="graded.jsonl; beside it .audit.json"
     )
     args = parser.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     questions = _questions(args.questions)
     meta, rows = read_completions(args.completions)
     if unknown := [row["id"] for row in rows if row["id"] not in questions]:

@@ -50,7 +50,8 @@ def parity(argv: Sequence[str]) -> None:
             )
     if not rows:
         raise ValueError(
-            f"{args.completions} holds no logprobs to compare: sample with --rescore 64"
+            f"{args.completions} holds no logprobs to compare: sample with --rescore 64 of `python "
+            "-m memphis_jax.rounds.generate` (vLLM)"
         )
     from memphis_jax import checkpoint
     from memphis_jax.runtime import is_first, start_jax

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from memphis_jax import config as configs
+from memphis_jax.data.examples import read_groups
+from memphis_jax.data.prompts import load_tokenizer
 from memphis_jax.rounds.files import read_jsonl, sha256_file, write_json
 from memphis_jax.rounds.ledger import Ledger, Stage
 
@@ -63,6 +65,13 @@ class Recipe:
         self.stage("init", (*CONVERT, "from-hf", source, init), [source], [init])
         return init
 
+    def rankable(self, pairs: Path, checkpoint: Path) -> bool:
+        """Whether a pair is short enough for the rank phase."""
+        if not read_jsonl(pairs):
+            return False
+        tokenizer, eos_id = load_tokenizer(checkpoint / "tokenizer")
+        return bool(read_groups(pairs, tokenizer, eos_id, self.config.rank.seq_len)[0])
+
     def sft(self, init: Path | None) -> Path:
         folder = self.workdir / "sft"
         self.train("sft", "sft", folder, init, self.data)
@@ -97,10 +106,10 @@ class Recipe:
             inputs=[graded, questions],
             outputs=[pairs, pairs.with_suffix(".json")],
         )
-        if not read_jsonl(pairs):
+        if not self.rankable(pairs, checkpoint):
             note = (
-                f"round {number}: no question has both a correct and an incorrect answer, so there "
-                "is nothing to rank; the weights stay as they are"
+                f"round {number}: no question has both a correct and an incorrect answer that fit "
+                "rank.seq_len, so there is nothing to rank; the weights stay as they are"
             )
             self.ledger.note(f"{name}-rank", note)
             print(note, flush=True)

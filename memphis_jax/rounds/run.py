@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,11 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
+    if config.start.rounds_config:
+        raise configs.ConfigError(
+            f"start.rounds_config = {config.start.rounds_config!r}: `memphis scribe` reads it, "
+            "`memphis rounds` would start from random weights"
+        )
     check(config)
     workdir: Path = args.workdir
     workdir.mkdir(parents=True, exist_ok=True)
@@ -50,17 +56,39 @@ def check(config: configs.RunConfig) -> None:
     for name in ("num_validation", "num_test"):
         if config.data.source == "mixture" and getattr(config.data, name) == 0:
             raise configs.ConfigError(f"data.{name} = 0: the rounds need held-out questions")
+    check_executor(config.executor)
     generate, here = config.generate, not config.executor.generate
     if generate.engine == "vllm" and here and not shutil.which(generate.python):
         raise configs.ConfigError(
             f"generate.python = {generate.python!r} is no interpreter: `make vllm` builds "
-            ".venv-vllm; or set executor.generate to sample elsewhere"
+            ".venv-vllm; or set executor.generate to sample elsewhere, or "
+            "--config.generate.engine=jax to sample here without vLLM (slower for large models)"
         )
 
 
+def check_executor(executor: configs.ExecutorConfig) -> None:
+    """Both prefixes are commands that are there."""
+    for name, prefix in dataclasses.asdict(executor).items():
+        try:
+            words = shlex.split(prefix)
+        except ValueError as error:
+            raise configs.ConfigError(f"executor.{name} = {prefix!r}: {error}") from None
+        if words and not shutil.which(words[0]):
+            raise configs.ConfigError(
+                f"executor.{name} = {prefix!r}: there is no command {words[0]!r} (seen from here)"
+            )
+
+
 def claim(workdir: Path, config: configs.RunConfig) -> None:
-    """Saves the config in a new workdir; refuses one that was started with another config."""
+    """Saves the config in a new workdir; refuses one that was started with another config.
+
+    Before its first stage is done a run may still change.
+    """
     path = workdir / "config.json"
+    records = (json.loads(one.read_text()) for one in (workdir / "ledger").glob("*.json"))
+    if not any(record["outputs"] for record in records):
+        write_json(path, dataclasses.asdict(config))
+        return
     saved = (
         configs.build(configs.RunConfig, json.loads(path.read_text())) if path.is_file() else config
     )
