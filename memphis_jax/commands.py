@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ def train(argv: Sequence[str]) -> None:
             "-m convert from-hf HF_FOLDER DIR` and give --init DIR, or set "
             "--config.start.hf_folder='' for random weights"
         )
+    for name in ("workdir", "data", "init"):
+        if re.match(r"\w+:/", text := str(getattr(args, name))):
+            raise configs.ConfigError(f"--{name} {text}: mount the bucket and give the path there")
     from memphis_jax import checkpoint
     from memphis_jax import train as training
     from memphis_jax.runtime import is_first, start_jax

@@ -179,6 +179,16 @@ def test_weights_that_would_not_be_read_are_refused(world: Path) -> None:
     assert not (world / "started").exists()
 
 
+def test_a_buckets_address_is_no_folder(world: Path) -> None:
+    done = subprocess.run(
+        [*command(world, "unused"), "--workdir", "gs://bucket/run"],
+        capture_output=True, text=True, cwd=world, env=environment(world),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "mount the bucket and give the path there" in done.stderr
+    assert not (world / "gs:").exists()
+
+
 def test_another_eos_than_the_models_is_refused(world: Path) -> None:
     done = train(world, "eos", "--config.model.eos_token_id=7")
     assert done.returncode == 1
