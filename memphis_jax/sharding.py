@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memphis_jax.config import ConfigError, MeshConfig
-from memphis_jax.model import embedding
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that divide a batch
@@ -120,41 +118,6 @@ def constrain(x: jax.Array, kind: str, *, mesh: Mesh) -> jax.Array:
     if kind == "head":  # a vocabulary that `model` does not divide is whole
         spec = P(None, leaf_spec("lm_head/kernel", x.shape, dict(mesh.shape))[1])
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype | str, *, mesh: Mesh) -> jax.Array:
-    """`model.embedding` for a table [V, D] over (model, fsdp): [B, T, D], a "residual".
-
-    Tokens travel instead of the table: each device looks up all rows of its fsdp group in its part
-    of D and V, then the parts change places. The gradient comes out divided like the table.
-    """
-    parts = mesh.shape["model"]
-    vocab_axis = leaf_spec("embed_tokens", table.shape, dict(mesh.shape))[0] if parts > 1 else None
-
-    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:  # [V/m, D/f], [B/(d f), T]
-        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)  # [B/d, T]
-        if vocab_axis is None:
-            length = tokens.shape[1] // parts
-            start = jax.lax.axis_index("model") * length
-            own = jax.lax.dynamic_slice_in_dim(tokens, start, length, axis=1)
-            x = embedding(table, own, dtype)
-        else:
-            size = table.shape[0]
-            own = tokens - jax.lax.axis_index("model") * size
-            x = embedding(table, jnp.clip(own, 0, size - 1), dtype)
-            x = x * ((own >= 0) & (own < size))[..., None].astype(x.dtype)
-            # Every token is in the part of one device: adding the others' zeros changes no bit.
-            x = jax.lax.psum_scatter(x, "model", scatter_dimension=1, tiled=True)
-        # [B/d, T/m, D/f] -> [B/(d f), T/m, D]
-        return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
-
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(vocab_axis, "fsdp"), P(ROWS, None)),
-        out_specs=ACTIVATIONS["residual"],
-        check_vma=False,
-    )(table, tokens)
 
 
 # --- batches that several hosts assemble

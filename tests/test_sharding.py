@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from meshes import COMPUTE, PHASES, SETTINGS, SHAPES, SIZES, batch, gradients
 
-from memphis_jax import checkpoint, sharding
+from memphis_jax import checkpoint, parallel, sharding
 from memphis_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig, check_mesh
 from memphis_jax.model import abstract, embedding
 from memphis_jax.train import TrainState, abstract_state, init_state, make_step
@@ -213,7 +213,7 @@ def test_lookup_and_its_gradient(shape: tuple[int, int, int], vocab_size: int) -
         return (find(table, tokens) * weight).sum()
 
     def on_mesh(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        return sharding.lookup(table, tokens, table.dtype, mesh=mesh)
+        return parallel.lookup(table, tokens, table.dtype, mesh=mesh)
 
     assert_same_bits({"x": jax.jit(on_mesh)(table, tokens)}, {"x": table[tokens]})
     found = jax.jit(jax.grad(total), static_argnums=1)(table, on_mesh)
@@ -230,7 +230,7 @@ def test_a_frequent_tokens_gradient_is_not_lost_in_bfloat16(shape: tuple[int, in
     def total(table: jax.Array, find: Any) -> jax.Array:
         return (find(table, tokens, "bfloat16").astype("float32") * weight).sum()
 
-    finds = (embedding, lambda *args: sharding.lookup(*args, mesh=mesh))
+    finds = (embedding, lambda *args: parallel.lookup(*args, mesh=mesh))
     for find in finds:
         found = jax.jit(jax.grad(total), static_argnums=1)(table, find)
         assert found.dtype == jnp.float32

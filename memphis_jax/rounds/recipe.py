@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from memphis_jax import config as configs
-from memphis_jax.data.examples import read_groups
-from memphis_jax.data.prompts import load_tokenizer
 from memphis_jax.rounds.files import read_jsonl, sha256_file, write_json
 from memphis_jax.rounds.ledger import Ledger, Stage
 
@@ -67,6 +65,9 @@ class Recipe:
 
     def rankable(self, pairs: Path, checkpoint: Path) -> bool:
         """Whether a pair is short enough for the rank phase."""
+        from memphis_jax.data.examples import read_groups
+        from memphis_jax.data.prompts import load_tokenizer
+
         if not read_jsonl(pairs):
             return False
         tokenizer, eos_id = load_tokenizer(checkpoint / "tokenizer")
