@@ -374,10 +374,35 @@ class MeshConfig:
         return axes
 
 
+def check_context(
+    model: ModelConfig, phases: Mapping[str, PhaseConfig], max_new_tokens: int = 0
+) -> None:
+    """Raises ConfigError for rows or answers that are longer than the model's context.
+
+    `model` is the one that is trained: that of the checkpoint, where a run starts from one.
+    """
+    context = model.max_position_embeddings
+    for phase, settings in phases.items():
+        _require(
+            settings.seq_len <= context,
+            f"{phase}.seq_len = {settings.seq_len} exceeds the model's max_position_embeddings = "
+            f"{context}; set --config.{phase}.seq_len={context} or less",
+        )
+    _require(
+        max_new_tokens < context,
+        f"generate.max_new_tokens = {max_new_tokens} leaves no room for a question: the model's "
+        f"max_position_embeddings is {context}",
+    )
+
+
 def check_mesh(
     model: ModelConfig, mesh: Mapping[str, int], phases: Mapping[str, PhaseConfig]
 ) -> None:
-    """Raises ConfigError where a model or a phase does not divide over a mesh {axis: size}."""
+    """Raises ConfigError where a model or a phase does not divide over a mesh {axis: size}.
+
+    And where `check_context` does.
+    """
+    check_context(model, phases)
     fsdp, parts = mesh["fsdp"], mesh["model"]
     for name, axes in (
         ("num_attention_heads", ("model",)),
@@ -506,13 +531,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _not_negative(self, "seed")
-        for name in ("sft", "rank"):
-            seq_len = getattr(self, name).seq_len
-            _require(
-                bool(self.start.hf_folder) or seq_len <= self.model.max_position_embeddings,
-                f"{name}.seq_len = {seq_len} exceeds model.max_position_embeddings = "
-                f"{self.model.max_position_embeddings}",
-            )
         if self.data.source != "procedural" and not self.start.hf_folder:
             _require(
                 bool(self.data.tokenizer),

@@ -13,7 +13,15 @@ from helpers import TINY, named_leaves, tiny_model
 from transformers import StableLmConfig
 
 from memphis_jax import config as configs
-from memphis_jax.config import ConfigError, ModelConfig, RunConfig, build, difference, load
+from memphis_jax.config import (
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    build,
+    check_context,
+    difference,
+    load,
+)
 from memphis_jax.model import StableLM
 
 PHASE = {"epochs": 1, "batch_size": 4, "seq_len": 32, "optimizer": {}}
@@ -78,7 +86,6 @@ def test_defaults_are_filled_in() -> None:
         ("sft.neftune_alpha", float("nan"), r"neftune_alpha = nan"),
         ("sft.optimizer.learning_rate", float("nan"), r"learning_rate = nan"),
         ("sft.accumulation", 3, r"batch_size = 4 is not divisible by accumulation = 3"),
-        ("sft.seq_len", 5000, r"sft\.seq_len = 5000 exceeds model\.max_position_embeddings"),
         ("sft.optimizer.name", "adam", r"name = 'adam' is not one of 'adalite', 'adamw'"),
         ("compute.dtype", "float16", r"dtype = 'float16' is not one of 'float32', 'bfloat16'"),
         ("generate.top_p", 0.0, r"top_p = 0\.0 must be in \(0, 1\]"),
@@ -96,6 +103,21 @@ def test_defaults_are_filled_in() -> None:
 def test_wrong_values_are_named(where: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(RunConfig, changed(where, value))
+
+
+def test_rows_and_answers_fit_the_models_context() -> None:
+    config, model = (
+        build(RunConfig, changed("sft.seq_len", 65)),
+        ModelConfig(max_position_embeddings=64),
+    )
+    phases = {"sft": config.sft, "rank": config.rank}
+    with pytest.raises(
+        ConfigError, match=r"sft\.seq_len = 65 exceeds .* = 64; set .*seq_len=64 or"
+    ):
+        check_context(model, phases)
+    with pytest.raises(ConfigError, match=r"max_new_tokens = 64 leaves no room for a question"):
+        check_context(model, {}, max_new_tokens=64)
+    check_context(ModelConfig(max_position_embeddings=65), phases, max_new_tokens=64)
 
 
 def test_missing_field_is_named() -> None:

@@ -86,11 +86,14 @@ def test_a_prompt_may_fill_the_context_and_not_one_token_more(tokenizer: Tokeniz
     tokens = encode_prompt(tokenizer, "Tom has 3 apples.")
     room = len(tokens) + 16
     assert encode(tokenizer, "Tom has 3 apples.", 16, room) == Question("q", tokens)
-    tight = encode(tokenizer, "Tom has 3 apples.", 16, room - 1)
+    rows = [{"id": "q", "prompt": "Tom has 3 apples."}, {"id": "short", "prompt": "Tom"}]
+    tight = encode_questions(rows, tokenizer, 16, room - 1)[0]
     assert tight.tokens == []
     assert tight.skipped == (
         f"prompt of {len(tokens)} tokens + 16 new ones exceed the context of {room - 1}"
     )
+    with pytest.raises(ValueError, match=r"none of the 1 questions can be answered; q: prompt of"):
+        encode_questions(rows[:1], tokenizer, 16, room - 1)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n\t ", "half a pair: \ud83d"])

@@ -17,7 +17,7 @@ import pytest
 from memphis_jax import config as configs
 from memphis_jax.rounds import commands
 from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
-from memphis_jax.rounds.run import check, claim
+from memphis_jax.rounds.run import check, claim, start_model
 from memphis_jax.rounds.run import run as rounds_run
 
 REPO = Path(__file__).parents[1]
@@ -200,7 +200,20 @@ def test_a_config_is_the_same_when_it_comes_back_from_its_file(tmp_path: Path) -
 def test_what_would_fail_after_hours_is_said_at_once(changes: dict[str, Any], told: str) -> None:
     config = configs.load(str(REPO / "configs" / "tiny.py"))
     with pytest.raises(configs.ConfigError, match=told):
-        check(dataclasses.replace(config, **changes))
+        check(dataclasses.replace(config, **changes), config.model)
+
+
+def test_rows_longer_than_the_start_models_context_are_refused(tmp_path: Path) -> None:
+    """The HF folder's context counts, not that of `config.model`, which nothing reads then."""
+    config = configs.load(str(REPO / "configs" / "tiny.py"))
+    start = dataclasses.replace(config.start, hf_folder=str(tmp_path))
+    config = dataclasses.replace(config, start=start)
+    with pytest.raises(configs.ConfigError, match=r"there is no .*config\.json"):
+        start_model(config)
+    short = dataclasses.replace(config.model, max_position_embeddings=config.sft.seq_len - 1)
+    write_json(tmp_path / "config.json", short.to_hf())
+    with pytest.raises(configs.ConfigError, match=r"sft\.seq_len = .* exceeds the model's"):
+        check(config, start_model(config))
 
 
 def test_the_other_recipes_config_is_refused(tmp_path: Path) -> None:

@@ -343,9 +343,10 @@ def test_a_mesh_that_does_not_fit(sizes: tuple[int, int, int], devices: int, tol
         ({"num_key_value_heads": 4}, (1, 1, 8), "num_key_value_heads = 4 is not divisible"),
         ({"intermediate_size": 50}, (1, 4, 1), "intermediate_size = 50 is not divisible"),
         ({"seq_len": 27}, (1, 1, 2), "sft.seq_len = 27 is not divisible by mesh.model = 2"),
+        ({"max_position_embeddings": 16}, (1, 1, 1), "sft.seq_len = 24 exceeds the model's"),
     ],
 )
-def test_sizes_that_do_not_divide(
+def test_sizes_that_do_not_fit(
     change: dict[str, int], mesh: tuple[int, int, int], told: str
 ) -> None:
     settings = replace(SETTINGS, seq_len=change.pop("seq_len", 24))

@@ -44,8 +44,11 @@ def read_questions(paths: Sequence[str], limit: int, seed: int) -> list[dict[str
 def encode_questions(
     rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_new_tokens: int, context: int
 ) -> list[Question]:
-    """Prompts as tokens. What cannot be answered within `context` tokens says why, and is kept."""
-    questions = []
+    """Prompts as tokens. What cannot be answered within `context` tokens says why, and is kept.
+
+    Raises ValueError where none can be answered.
+    """
+    questions: list[Question] = []
     for row in rows:
         try:
             row["prompt"].encode()  # half a surrogate pair is text to JSON, but to no tokenizer
@@ -61,6 +64,11 @@ def encode_questions(
             questions.append(Question(row["id"], [], why))
         else:
             questions.append(Question(row["id"], tokens))
+    if questions and all(question.skipped for question in questions):
+        raise ValueError(
+            f"none of the {len(questions)} questions can be answered; {questions[0].id}: "
+            f"{questions[0].skipped}"
+        )
     return questions
 
 

@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
             f"start.rounds_config = {config.start.rounds_config!r}: `memphis scribe` reads it, "
             "`memphis rounds` would start from random weights"
         )
-    check(config)
+    check(config, start_model(config))
     workdir: Path = args.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
@@ -51,12 +51,14 @@ def run(argv: Sequence[str]) -> None:
     print_results(results, workdir)
 
 
-def check(config: configs.RunConfig) -> None:
-    """What is said at once, not after hours of SFT."""
+def check(config: configs.RunConfig, model: configs.ModelConfig) -> None:
+    """What is said at once, not after hours of SFT; `model` is the one that the run trains."""
     for name in ("num_validation", "num_test"):
         if config.data.source == "mixture" and getattr(config.data, name) == 0:
             raise configs.ConfigError(f"data.{name} = 0: the rounds need held-out questions")
     check_executor(config.executor)
+    phases = {"sft": config.sft, "rank": config.rank}
+    configs.check_context(model, phases, config.generate.max_new_tokens)
     generate, here = config.generate, not config.executor.generate
     if generate.engine == "vllm" and here and not shutil.which(generate.python):
         raise configs.ConfigError(
@@ -64,6 +66,16 @@ def check(config: configs.RunConfig) -> None:
             ".venv-vllm; or set executor.generate to sample elsewhere, or "
             "--config.generate.engine=jax to sample here without vLLM (slower for large models)"
         )
+
+
+def start_model(config: configs.RunConfig) -> configs.ModelConfig:
+    """The model that a run starts from: the HF folder's, or random weights as the config says."""
+    if not config.start.hf_folder:
+        return config.model
+    file = Path(config.start.hf_folder) / "config.json"
+    if not file.is_file():
+        raise configs.ConfigError(f"start.hf_folder: there is no {file}; name the base model")
+    return configs.ModelConfig.from_hf(json.loads(file.read_text()))
 
 
 def check_executor(executor: configs.ExecutorConfig) -> None:

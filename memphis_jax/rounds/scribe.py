@@ -25,7 +25,7 @@ from memphis_jax import config as configs
 from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import CONVERT, MEMPHIS, Recipe, data_files
-from memphis_jax.rounds.run import check, claim
+from memphis_jax.rounds.run import check, claim, start_model
 from memphis_jax.rounds.sweep import (
     CHART,
     Tasks,
@@ -68,7 +68,6 @@ def run(argv: Sequence[str]) -> None:
 
 def _check(config: configs.RunConfig, here: Path) -> Path | None:
     """Raises what is said at once; returns the config that makes the start, if one does."""
-    check(config)
     start = config.start
     if bool(start.hf_folder) == bool(start.rounds_config):
         raise configs.ConfigError(
@@ -77,9 +76,11 @@ def _check(config: configs.RunConfig, here: Path) -> Path | None:
             "them (an HF folder, or the config of a `memphis rounds` run that makes it)"
         )
     if not start.rounds_config:
+        check(config, start_model(config))
         return None
-    configs.load(str(here / start.rounds_config), start.rounds_overrides)  # says what is wrong
-    return here / start.rounds_config
+    cot = here / start.rounds_config
+    check(config, start_model(configs.load(str(cot), start.rounds_overrides)))
+    return cot
 
 
 class Scribe:
