@@ -22,7 +22,8 @@ def train(argv: Sequence[str]) -> None:
         epilog="Any config field can be set: --config.sft.optimizer.learning_rate=1e-5. On several "
         "hosts: the same command on each, JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
         "JAX_PROCESS_ID set, and --workdir on storage that all share. Exit code 75: SIGTERM, all "
-        "is saved; 76: another host was lost; after both the same command goes on.",
+        "is saved (so it is after Ctrl-C, 130); 76: another host was lost; after each of them the "
+        "same command goes on.",
     )
     parser.add_argument("--config", required=True, help="configs/*.py, or a saved config.json")
     parser.add_argument("--phase", required=True, choices=("sft", "rank"))
@@ -85,6 +86,8 @@ def train(argv: Sequence[str]) -> None:
         if args.init
         else dataclasses.asdict(config.model),
     }
+    if is_first() and not (args.workdir / "tokenizer").exists():  # an export needs it at any time
+        checkpoint.copy_tokenizer(tokenizer_folder, args.workdir)
     training.run(
         args.phase,
         args.workdir,

@@ -4,6 +4,7 @@ Exit codes beside 0 and 1, for whoever starts commands on machines that come and
 
   75  stopped by SIGTERM, all work is saved: the same command goes on
   76  another host was lost: the same command goes on from the last checkpoint
+  130 stopped by Ctrl-C; the same command goes on from what is saved
 """
 
 import os
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 GUARDED = "MEMPHIS_GUARDED"  # set in a process that hosts.py started as one of several
+EXIT_INTERRUPTED = 130  # of a shell: 128 + SIGINT
 EXIT_PREEMPTED = 75  # sysexits.h: temporary failure, try again
 EXIT_PEER_LOST = 76
 EXIT_UNSURE = 77  # of a guarded process: an error that another host may have caused
@@ -36,7 +38,8 @@ def one_line(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _end(f"\n{command}: interrupted; the same command goes on from what is saved")
+        told = f"\n{command}: interrupted; the same command goes on from what is saved"
+        _end(told, EXIT_INTERRUPTED)
     except Stopped as stopped:  # on all hosts at once
         print(f"{command}: {stopped}", file=sys.stderr, flush=True)
         sys.exit(stopped.exit_code)
@@ -52,9 +55,9 @@ def one_line(command: str) -> Iterator[None]:
 
 
 def _end(message: str, code: int = 1) -> NoReturn:
-    if GUARDED not in os.environ:
-        sys.exit(message)  # exit code 1
     print(message, file=sys.stderr, flush=True)
+    if GUARDED not in os.environ:
+        sys.exit(code)
     sys.stdout.flush()
     os._exit(code)  # JAX would wait at exit for processes that wait for this one
 

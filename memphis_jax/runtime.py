@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from memphis_jax import hosts
+from memphis_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -70,17 +72,21 @@ def same_on_all_hosts(value: int, what: str) -> int:
 class Preemption:
     """SIGTERM (maintenance, a spot machine taken back), noticed between steps; a context manager.
 
-    A signal to one of several processes stops all of them, at the same step.
+    A signal to one of several processes stops all of them, at the same step. Alone, Ctrl-C does so
+    too, once: the second ends at once.
     """
 
     def __init__(self) -> None:
+        self.exit_code = EXIT_PREEMPTED
         self._asked = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         # Several processes: jax.distributed has its own handler on every host.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._notice)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._notice)
         return self
 
     def __exit__(
@@ -89,8 +95,8 @@ class Preemption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def asked(self, step: int) -> bool:
         """Whether to save and end after `step`; every process asks at every step."""
@@ -100,3 +106,8 @@ class Preemption:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        if number == signal.SIGINT:
+            self.exit_code = EXIT_INTERRUPTED  # nothing that restarts preempted runs goes on
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            told = "\nCtrl-C: this step is finished and saved; once more to end at once\n"
+            os.write(sys.stderr.fileno(), told.encode())  # print is not reentrant

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from memphis_jax import checkpoint
 from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, PhaseConfig, difference
 from memphis_jax.data.loader import Loader
-from memphis_jax.errors import EXIT_PREEMPTED, Stopped
+from memphis_jax.errors import Stopped
 from memphis_jax.metrics import MetricsWriter
 from memphis_jax.model import StableLM, abstract
 from memphis_jax.objectives import Arrays, Sums, SumsFn, objective_weights, rank_sums, sft_sums
@@ -285,7 +285,7 @@ def run(
     Raises:
       ConfigError: `workdir` belongs to another identity; the differing fields are listed.
       TrainingStopped: three steps in a row were not finite; the last good state is saved.
-      Stopped: SIGTERM came, here or on another host; the state is saved.
+      Stopped: SIGTERM came, here or on another host, or Ctrl-C; the state is saved.
     """
     batches = iter(loader)
     state = resume(workdir, state, batches, identity, mesh)
@@ -316,9 +316,9 @@ def run(
     _check_not_stopped(state, phase, workdir, settings, loader.num_steps)
     if step < loader.num_steps:
         raise Stopped(
-            f"{phase}: SIGTERM; step {step} of {loader.num_steps} is saved in {workdir}, and the "
+            f"{phase}: stopped; step {step} of {loader.num_steps} is saved in {workdir}, and the "
             "same command goes on from there",
-            EXIT_PREEMPTED,
+            preemption.exit_code,
         )
     return state
 

@@ -151,8 +151,11 @@ time.sleep(60)
 """
 
 
-def test_sigterm_reaches_the_stage_which_has_time_to_save(tmp_path: Path) -> None:
-    """Sent to the recipe alone, as a scheduler does; the recipe ends with the stage's own code."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_stage_which_has_time_to_save(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Sent to the recipe alone, as a scheduler does; the stage gets SIGTERM."""
     (tmp_path / "in.txt").write_text("one")
     recipe = f"""
 from pathlib import Path
@@ -167,8 +170,8 @@ except Stopped as stopped:
     process = subprocess.Popen([sys.executable, "-c", recipe], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
-    process.terminate()
+    process.send_signal(number)
     said, _ = process.communicate(timeout=30)
-    assert (process.returncode, said.strip()) == (75, "saved")
+    assert (process.returncode, said.strip()) == (code, "saved")
     record = Ledger(tmp_path, "").read("slow")
     assert record is not None and record["exit_code"] == 75

@@ -132,6 +132,29 @@ def test_killed_and_started_again_is_uninterrupted_to_the_bit(world: Path) -> No
     assert (world / "killed" / "tokenizer" / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_what_is_done_and_the_command_goes_on(
+    world: Path, number: signal.Signals, code: int
+) -> None:
+    name = f"stopped-{code}"
+    process = subprocess.Popen(
+        command(world, name), cwd=REPO, env=environment(world), stderr=subprocess.PIPE, text=True
+    )
+    while not (world / name / "metrics.jsonl").is_file() or not metrics(world / name):
+        assert process.poll() is None, "the run ended before its first metrics"
+        time.sleep(0.005)
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    step = checkpoint.latest_step(world / name)
+    assert step < checkpoint.latest_step(world / "whole")
+    assert f"sft: stopped; step {step} of" in told and "Traceback" not in told
+    assert (world / name / "tokenizer" / "tokenizer.json").is_file()  # it can be exported
+    done = train(world, name)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(saved_state(world / name), saved_state(world / "whole"))
+
+
 def test_a_finished_run_started_again_does_nothing(world: Path) -> None:
     folder = world / "whole"
 

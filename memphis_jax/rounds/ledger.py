@@ -20,10 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from memphis_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, Stopped
+from memphis_jax.errors import EXIT_INTERRUPTED, EXIT_PEER_LOST, EXIT_PREEMPTED, Stopped
 from memphis_jax.rounds.files import sha256_file, sha256_folder, write_json
 from memphis_jax.rounds.processes import DIE_WITH_PARENT
 from memphis_jax.versions import versions
+
+ENDS_WITH: dict[int, int] = {signal.SIGTERM: EXIT_PREEMPTED, signal.SIGINT: EXIT_INTERRUPTED}
 
 
 class StageFailed(RuntimeError):
@@ -55,7 +57,8 @@ class Ledger:
         """Runs `stage` unless its record is valid; whether it ran.
 
         Raises Stopped where its machine was taken away, with the stage's exit code, or where this
-        process was sent SIGTERM, which the stage gets too; StageFailed on any other failure.
+        process was sent SIGTERM or SIGINT, which the stage hears of; StageFailed on any other
+        failure.
         """
         inputs = {self._relative(path): _hash(path) for path in stage.inputs}
         if self._is_done(stage, inputs):
@@ -63,7 +66,7 @@ class Ledger:
         started, clock = datetime.now(UTC), time.perf_counter()
         log = self.workdir / "logs" / f"{stage.name}.log"
         command = [*stage.prefix, *stage.command, *stage.suffix]
-        exit_code, terminated = _run_process(command, log)
+        exit_code, signalled = _run_process(command, log)
         seconds = time.perf_counter() - clock
         record = self._record(stage.name, stage.command, exit_code, started, seconds, inputs)
         record |= {"prefix": list(stage.prefix), "suffix": list(stage.suffix)}
@@ -73,10 +76,10 @@ class Ledger:
         self._write(record)
         # 255: ssh, or launch/tpu_run.sh, lost the connection to where the stage runs.
         lost = bool(stage.prefix) and exit_code == 255
-        if terminated or lost or exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
+        if signalled or lost or exit_code in (EXIT_PREEMPTED, EXIT_PEER_LOST):
             raise Stopped(
                 f"stage {stage.name} was interrupted; the same command goes on",
-                EXIT_PREEMPTED if terminated else exit_code,
+                ENDS_WITH.get(signalled, exit_code),
             )
         if exit_code or missing:
             why = f"exit code {exit_code}" if exit_code else f"no {', '.join(missing)}"
@@ -158,14 +161,14 @@ def _hash(path: Path) -> str:
     return sha256_folder(path) if path.is_dir() else sha256_file(path)
 
 
-def _run_process(command: Sequence[str], log: Path) -> tuple[int, bool]:
+def _run_process(command: Sequence[str], log: Path) -> tuple[int, int]:
     """Runs `command` with its output on the terminal and in `log`.
 
-    Returns the exit code, and whether SIGTERM came meanwhile: the child gets it, and time to save.
-    When this process is killed, so is the child: a restarted recipe never meets a stage of the
-    killed one still writing.
+    Returns the exit code, and the signal, SIGTERM or SIGINT, that came meanwhile, or 0: the child
+    gets SIGTERM and time to save. A second Ctrl-C ends both. When this process is killed, so is the
+    child: a restarted recipe never meets a stage of the killed one still writing.
     """
-    terminated = []
+    signals = [0]
 
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -179,18 +182,22 @@ def _run_process(command: Sequence[str], log: Path) -> tuple[int, bool]:
         assert process.stdout is not None
 
         def pass_on(number: int, frame: FrameType | None) -> None:
-            terminated.append(number)
-            process.send_signal(number)
+            signals.append(number)
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            process.terminate()  # a terminal sends Ctrl-C to the child as well: not twice
 
-        before = signal.signal(signal.SIGTERM, pass_on)
+        heard = [n for n in ENDS_WITH if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in heard}
         try:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
                 print("    " + line.decode(errors="replace"), end="", flush=True)
-            return process.wait(), bool(terminated)
+            return process.wait(), signals[-1]
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
