@@ -15,6 +15,7 @@ from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, open_folde
 from convert.mapping import by_leaf, places, transpose_into
 from convert.to_hf import CERTIFICATE, describe, hash_files, hash_folder
 from convert.weights import Checkpoint, open_checkpoint
+from memphis_jax.checkpoint import read_meta
 from memphis_jax.config import ModelConfig, difference
 
 
@@ -123,10 +124,11 @@ def _compare_certificate(
     )
     if surplus := sorted(present.keys() - files.keys()):
         verdict.notes.append(f"{CERTIFICATE}: files that it does not cover: {', '.join(surplus)}")
-    if step != saved.step:
-        verdict.differences.append(
-            f"{CERTIFICATE}: exported from step {step}, the checkpoint's latest is {saved.step}"
-        )
+    told = f"{CERTIFICATE}: exported from step {step}, "
+    if step != saved.step and "converted_from" in read_meta(saved.folder, saved.step):
+        verdict.notes.append(f"{told}and {saved.folder} was converted from an HF folder")
+    elif step != saved.step:
+        verdict.differences.append(f"{told}the checkpoint's latest is {saved.step}")
     elif source_hash != hash_folder(saved.step_folder):
         verdict.notes.append(
             f"{CERTIFICATE}: exported from other files than those of step {step} of {saved.folder}"

@@ -163,6 +163,9 @@ def test_export_of_a_trained_step_in_both_dtypes(tmp_path):
     for folder in ("wide", "narrow"):
         verdict = verify(tmp_path / folder, tmp_path / "run")
         assert verdict.differences == [] and verdict.compared == len(wide)
+    from_hf(tmp_path / "wide", tmp_path / "again")  # as step 0, which is no other model
+    verdict = verify(tmp_path / "wide", tmp_path / "again")
+    assert verdict.differences == [] and "exported from step 7, and" in verdict.notes[0]
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
