@@ -48,6 +48,7 @@ def test_last_line_may_lack_its_newline_and_no_rows_is_an_empty_file(tmp_path):
         (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": 1} {"b": 2}', "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, reason):
@@ -67,6 +68,18 @@ def test_what_json_cannot_hold_is_refused_and_the_old_file_stays(tmp_path):
             files.write_jsonl(path, [{"a": 2}, {"a": bad}])
     assert files.read_jsonl(path) == [{"a": 1}]
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_windows_files_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8\xef\xbb\xbf"}\r\n{"a": 2}\r\n')
+    assert files.read_jsonl(path) == [{"a": "\u2028\ufeff"}, {"a": 2}]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder, where a file"):
+        files.write_json(tmp_path, {})
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}*.tmp"))
 
 
 def test_completions_have_a_header(tmp_path):
@@ -115,6 +128,7 @@ def test_folder_hash_sees_names_and_contents_and_nothing_else(tmp_path):
     assert base != folder("name", {"b.txt": "2", "sub/c.txt": "1"})
     assert base != folder("swapped", {"b.txt": "1", "sub/a.txt": "2"})
     assert base != folder("more", {"b.txt": "2", "sub/a.txt": "1", "empty": ""})
+    assert base == folder("cut", {"b.txt": "2", "sub/a.txt": "1", "5.orbax-checkpoint-tmp/x": ""})
     one, two = (hashlib.sha256(text).hexdigest() for text in (b"1", b"2"))
     assert files.sha256_file(tmp_path / "a/sub/a.txt") == one
     listing = f"b.txt\0{two}\nsub/a.txt\0{one}\n".encode()

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -14,12 +14,16 @@ from rich.progress import track
 
 from memphis_jax.rounds.audit import audit
 from memphis_jax.rounds.choices import check_choice, read_options
-from memphis_jax.rounds.files import read_completions, read_jsonl, write_json, write_jsonl
+from memphis_jax.rounds.files import write_json, write_jsonl
 from memphis_jax.rounds.grade import grade as grade_text
 from memphis_jax.rounds.pairs import VERDICTS, make_pairs
+from memphis_jax.rounds.rows import GRADED, SAMPLED, check_out, read_answers, read_questions_by_id
 from memphis_jax.rounds.symbolic import SymbolicEqual
 
 Row = dict[str, Any]
+
+SPLITS = ("validation", "test")
+MEASURED = ("id", "verdict", "num_tokens", "finish_reason")  # what an accuracy needs of an answer
 
 
 def grade(argv: Sequence[str]) -> None:
@@ -34,39 +38,19 @@ def grade(argv: Sequence[str]) -> None:
         "--out", required=True, type=Path, help="graded.jsonl; beside it .audit.json"
     )
     args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    questions = _questions(args.questions)
-    meta, rows = read_completions(args.completions)
+    audited = check_out(parser, args.out, [args.completions, *args.questions], ".audit.json")
+    questions = read_questions_by_id(args.questions)
+    meta, rows = read_answers(args.completions, "an answer", SAMPLED)
     if unknown := [row["id"] for row in rows if row["id"] not in questions]:
         raise ValueError(f"{args.completions}: no question has the id {unknown[0]!r}")
     with SymbolicEqual() as equal:
         graded = list(_graded(rows, questions, equal))
-    write_json(args.out.with_suffix(".audit.json"), audit(graded, questions))
+    write_json(audited, audit(graded, questions))
     write_jsonl(args.out, [{"meta": meta}, *graded])
     counts = Counter(row["verdict"] for row in graded)
     print("graded: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS), file=sys.stderr)
     if equal.timeouts:
         print(f"{equal.timeouts} comparisons of formulas ran into the limit", file=sys.stderr)
-
-
-def _questions(paths: Sequence[str]) -> dict[str, Row]:
-    """By id. Raises ValueError, naming file and line, for a row that no answer can be judged by."""
-    questions: dict[str, Row] = {}
-    for path in paths:
-        for number, row in enumerate(read_jsonl(path), start=1):
-            where = f"{path}, line {number}"
-            for name in ("id", "prompt", "target", "source"):
-                if not isinstance(row.get(name), str):
-                    raise ValueError(
-                        f"{where}: a question needs the field {name!r} as text, found "
-                        f"{row.get(name)!r}"
-                    )
-            if not row["target"].strip():
-                raise ValueError(f"{where}: the target is empty: fill it in or drop the question")
-            if row["id"] in questions:
-                raise ValueError(f"{where}: the id {row['id']!r} is there twice")
-            questions[row["id"]] = row
-    return questions
 
 
 def _graded(
@@ -93,18 +77,25 @@ def pairs(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="memphis pairs", description="Pair each correct answer with an incorrect one."
     )
-    parser.add_argument("--graded", required=True, type=Path)
-    parser.add_argument("--questions", required=True, type=Path)
+    parser.add_argument("--graded", required=True, type=Path, help="as `memphis grade` wrote it")
+    parser.add_argument(
+        "--questions", required=True, type=Path, help="{id, prompt, rationale, target}"
+    )
     parser.add_argument("--out", required=True, type=Path, help="pairs.jsonl; counts: pairs.json")
     parser.add_argument("--max-pairs-per-question", type=int, default=0, help="0 = no limit")
     args = parser.parse_args(argv)
-    _, graded = read_completions(args.graded)
+    if (limit := args.max_pairs_per_question) < 0:
+        parser.error(f"--max-pairs-per-question {limit} must be 0 (no limit) or more")
+    counts = check_out(parser, args.out, [args.graded, args.questions], ".json")
+    _, graded = read_answers(args.graded, "a graded answer", GRADED)
+    asked = read_questions_by_id([args.questions], ("id", "prompt", "rationale", "target"))
     sampled = {row["id"] for row in graded}
-    questions = [row for row in read_jsonl(args.questions) if row["id"] in sampled]
-    limit = args.max_pairs_per_question or None
-    rows, stats = make_pairs(graded, questions, max_pairs_per_question=limit)
+    if unknown := sorted(sampled - asked.keys()):
+        raise ValueError(f"{args.graded}: {args.questions} has no question {unknown[0]!r}")
+    questions = [row for name, row in asked.items() if name in sampled]
+    rows, stats = make_pairs(graded, questions, max_pairs_per_question=limit or None)
     verdicts = {verdict: stats.pop(verdict) for verdict in VERDICTS}
-    write_json(args.out.with_suffix(".json"), {**stats, "verdicts": verdicts})
+    write_json(counts, {**stats, "verdicts": verdicts})
     write_jsonl(args.out, rows)
     print(
         f"pairs: {len(rows)} from {stats['questions']} questions ({stats['all_correct']} all "
@@ -112,6 +103,28 @@ def pairs(argv: Sequence[str]) -> None:
         f"{stats['no_valid']} without a valid answer)",
         file=sys.stderr,
     )
+
+
+def _all_answers(path: Path, splits: Sequence[Collection[str]]) -> tuple[Row, list[Row]]:
+    """(meta, rows) of graded answers, `num_samples` to every question that was not skipped.
+
+    Raises ValueError where a question has more or fewer: its share would be wrong.
+    """
+    meta, rows = read_answers(path, "a graded answer", MEASURED)
+    num_samples, skipped = meta.get("num_samples"), meta.get("skipped")
+    if not isinstance(num_samples, int) or num_samples < 1 or not isinstance(skipped, dict):
+        raise ValueError(
+            f"{path}, line 1: the header needs num_samples, 1 or more, and skipped {{id: why}}; "
+            "`memphis grade` copies it from the sampler's file"
+        )
+    counts = Counter(row["id"] for row in rows)
+    for name in (name for ids in splits for name in ids if name not in skipped):
+        if counts[name] != num_samples:
+            raise ValueError(
+                f"{path}: {counts[name]} answers to the question {name!r}, expected {num_samples}: "
+                "sample and grade all questions of --validation and --test"
+            )
+    return meta, rows
 
 
 def accuracy(argv: Sequence[str]) -> None:
@@ -124,14 +137,13 @@ def accuracy(argv: Sequence[str]) -> None:
     parser.add_argument("--test", required=True, type=Path, help="questions")
     parser.add_argument("--out", required=True, type=Path, help="JSON to write")
     args = parser.parse_args(argv)
-    ids = {
-        split: {row["id"] for row in read_jsonl(getattr(args, split))}
-        for split in ("validation", "test")
-    }
-    for split in ids:
+    read = {name: getattr(args, name) for name in ("greedy", "sampled", "validation", "test")}
+    check_out(parser, args.out, list(read.values()))
+    ids = {split: read_questions_by_id([read[split]], ("id",)).keys() for split in SPLITS}
+    for split in SPLITS:
         if not ids[split]:
-            raise ValueError(f"{getattr(args, split)}: no question to measure an accuracy on")
-    graded = {kind: read_completions(getattr(args, kind)) for kind in ("greedy", "sampled")}
+            raise ValueError(f"{read[split]}: no question to measure an accuracy on")
+    graded = {kind: _all_answers(read[kind], [*ids.values()]) for kind in ("greedy", "sampled")}
 
     def rows(split: str, kind: str) -> list[Row]:
         return [row for row in graded[kind][1] if row["id"] in ids[split]]
@@ -142,9 +154,7 @@ def accuracy(argv: Sequence[str]) -> None:
         return correct / (len(ids[split]) * graded[kind][0]["num_samples"])
 
     result: dict[str, float] = {
-        f"{split}_{kind}": share(split, kind)
-        for split in ("validation", "test")
-        for kind in ("greedy", "sampled")
+        f"{split}_{kind}": share(split, kind) for split in SPLITS for kind in ("greedy", "sampled")
     }
     sampled = rows("test", "sampled")
     if not sampled:

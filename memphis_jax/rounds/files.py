@@ -3,6 +3,7 @@
 Standard library only: the generation host has no jax. One writer per file at a time.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -14,9 +15,11 @@ from typing import Any
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Every row of a JSON Lines file.
 
-    Raises ValueError, naming file and line, for anything but one object per line.
+    A byte order mark at the start, as Windows writes, is no part of it. Raises ValueError, naming
+    file and line, for anything but one object per line.
     """
-    lines = Path(path).read_bytes().split(b"\n")
+    # Not splitlines(): U+2028 and others may stand in a JSON text.
+    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
         lines.pop()  # the newline that ends the last row
     return [_row(path, number, line) for number, line in enumerate(lines, start=1)]
@@ -34,6 +37,8 @@ def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError(f"{where}: JSON nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{where}: JSON that Python does not read ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
@@ -46,7 +51,10 @@ def read_completions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
     """
     rows = read_jsonl(path)
     if not rows or rows[0].keys() != {"meta"} or not isinstance(rows[0]["meta"], dict):
-        raise ValueError(f'{path}, line 1: expected the header {{"meta": {{...}}}}')
+        raise ValueError(
+            f'{path}, line 1: expected the header {{"meta": {{...}}}}, as a sampler or `memphis '
+            "grade` writes it"
+        )
     return rows[0]["meta"], rows[1:]
 
 
@@ -80,6 +88,8 @@ def publish(path: Path, chunks: Iterable[bytes]) -> None:
 
     A reader sees the old file or the whole new one, whenever this process dies.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file is to be written")
     # One fixed name: what a killed process left behind is overwritten by the next try.
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -106,19 +116,22 @@ def sha256_file(path: str | Path) -> str:
 
 # In a checkpoint, when it was written: the same weights written again are the same folder.
 _TIMES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder: a save that was cut off
 
 
 def sha256_folder(path: str | Path) -> str:
     """Hex SHA-256 over (relative name, content hash) of every file below a folder.
 
     In the order of the names, written with "/"; without orbax's two files that hold nothing but
-    the time. Raises NotADirectoryError without the folder.
+    the time, and without what it left of a save that was cut off. Raises NotADirectoryError without
+    the folder.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder: nothing to hash")
     files = (p for p in folder.rglob("*") if p.is_file() and p.name not in _TIMES)
     names = sorted(p.relative_to(folder).as_posix() for p in files)
+    names = [name for name in names if _UNFINISHED not in name]
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
