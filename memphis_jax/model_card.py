@@ -27,8 +27,20 @@ SHOWN = (
 MODELS = {"start": "start", "sft": "finetuned", "merged": "merged"}  # of `memphis scribe`
 
 
+CONFIG = ("start", "data", "sft", "rank", "generate", "rounds", "seed")  # read of a run's config
+
+
 def read_json(path: Path) -> Row:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    """The object in a file; {} where there is none. Raises ValueError, naming a broken file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or make it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object, but {found!r:.40}: make it again")
+    return found
 
 
 def write_card(
@@ -43,6 +55,11 @@ def write_card(
     config, manifest = read_json(workdir / "config.json"), read_json(workdir / "data/manifest.json")
     if not config:
         raise ValueError(f"{workdir} has no config.json: give the --workdir of a run")
+    if missing := [name for name in CONFIG if name not in config]:
+        raise ValueError(
+            f"{workdir}/config.json lacks {', '.join(missing)}: it is not of `memphis rounds` or "
+            "`memphis scribe`; give the --workdir of a run"
+        )
     records = [read_json(path) for path in (workdir / "ledger").glob("*.json")]
     records.sort(key=lambda record: record["started"])
     scores, merge = evals(workdir, stage), read_json(hf / "merge.json")

@@ -8,8 +8,9 @@ the file system has them. Nothing leaves this machine without --upload.
 """
 
 import argparse
-import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from memphis_jax.chat_template import chat_template, tokenizer_config
-from memphis_jax.model_card import write_card
+from memphis_jax.model_card import read_json, write_card
 from memphis_jax.rounds.certificate import CERTIFICATE, check_certificate, file_hashes
 from memphis_jax.rounds.files import sha256_file, write_json
 
+_LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 OURS = ("README.md", "tokenizer_config.json", CERTIFICATE)  # written anew
 
 
@@ -36,7 +38,10 @@ def publish(argv: Sequence[str]) -> None:
     add("--workdir", required=True, type=Path, help="of `memphis rounds` or `memphis scribe`")
     add("--card", action="store_true", help="write README.md from the run's records")
     add(
-        "--license", default="unknown", help="for the card, such as cc-by-sa-4.0 (default: unknown)"
+        "--license",
+        default="unknown",
+        help="for the card, as the hub names it: apache-2.0, cc-by-sa-4.0, other ... (default: "
+        "unknown)",
     )
     add("--base-model", default="", metavar="OWNER/NAME", help="for the card")
     add("--out", type=Path, help="folder to write (default: WORKDIR/published)")
@@ -45,6 +50,7 @@ def publish(argv: Sequence[str]) -> None:
     add("--upload", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub")
     add("--private", action="store_true", help="create a private repository")
     args = parser.parse_args(argv)
+    _check(parser, args)
     out = args.out or args.workdir / "published"
     hashes = file_hashes(args.hf)
     if not args.uncertified:
@@ -57,12 +63,46 @@ def publish(argv: Sequence[str]) -> None:
         print(upload(out, args.upload, args.private))
 
 
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with the parser's error before anything is hashed or written."""
+    for name, folder in (("HF_DIR", args.hf), ("--workdir", args.workdir)):
+        if not folder.is_dir():
+            parser.error(f"{name} {folder} is not a folder")
+    for name, repo in (("--upload", args.upload), ("--base-model", args.base_model or None)):
+        if repo is not None and (problem := _no_repo(repo)):
+            parser.error(f"{name} {repo!r}: {problem}")
+    if args.private and args.upload is None:
+        parser.error("--private is about the repository of --upload, which is not given")
+    if not _LICENSE.fullmatch(args.license):
+        parser.error(
+            f"--license {args.license!r} is not how the hub names a licence: lower-case letters, "
+            "digits, dots and hyphens, such as apache-2.0, mit or cc-by-sa-4.0; `other` for one "
+            "that is not on https://huggingface.co/docs/hub/repositories-licenses"
+        )
+
+
+def _no_repo(name: str) -> str:
+    """What is wrong with the name of a repository; "" where nothing is."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name.count("/") != 1 or name.startswith("/"):
+        return "give OWNER/NAME, such as euclaise/Memphis-CoT-3B"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return str(error)
+    return ""
+
+
 def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
     """Writes `out`, replacing an earlier one; it appears by rename."""
     if out.exists() and not _is_published(out) and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else: choose another --out")
     if args.hf.resolve() in (out.resolve(), *out.resolve().parents):
         raise FileExistsError(f"--out {out} lies in {args.hf}: choose another --out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        read_json(args.hf / name)  # raises where it is broken
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -84,8 +124,7 @@ def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
 
 
 def _is_published(folder: Path) -> bool:
-    certificate = folder / CERTIFICATE
-    return certificate.is_file() and "published_from" in json.loads(certificate.read_text("utf-8"))
+    return "published_from" in read_json(folder / CERTIFICATE)
 
 
 def _place(source: Path, target: Path) -> None:
@@ -102,7 +141,7 @@ def _place(source: Path, target: Path) -> None:
 def _certify(hf: Path, folder: Path, hashes: dict[str, str]) -> None:
     """The model's certificate, now of these files; it names the folder they were taken from."""
     path = hf / CERTIFICATE
-    certificate = json.loads(path.read_text("utf-8")) if path.is_file() else {"format": 1}
+    certificate = read_json(path) or {"format": 1}
     files = {name: value for name, value in hashes.items() if name not in OURS}
     files |= {name: sha256_file(folder / name) for name in OURS if (folder / name).is_file()}
     certificate = _without_places(certificate)
@@ -125,10 +164,22 @@ def _without_places(told: Any) -> Any:
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
-    """Creates the repository where it is new, and uploads; returns its address."""
+    """Creates the repository where it is new, and uploads; returns its address.
+
+    Raises RuntimeError, which says how to go on, for whatever the network or the hub objects to.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    created = api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message="memphis publish")
+    message = "memphis publish"
+    try:
+        api = HfApi()
+        created = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:  # the http client and the hub each have their own kinds
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        by_hand = shlex.join(["hf", "upload", repo, str(folder), *["--private"] * private])
+        raise RuntimeError(
+            f"{folder} is ready, but not on the hub as {repo} ({told}): check the network and `hf "
+            f"auth login`, then give the same command again, or upload it with `{by_hand}`"
+        ) from error
     return str(created)

@@ -256,9 +256,75 @@ def test_only_upload_talks_to_the_hub(run: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(name, refuse)
     publish.publish([str(run / "merged" / "hf"), "--workdir", str(run), "--card"])
     assert not asked
-    with pytest.raises(Exception, match="no network in tests"):
+    with pytest.raises(RuntimeError, match="no network in tests"):
         publish.upload(run / "published", "nobody/nothing", private=True)
     assert asked
+
+
+def test_an_unreachable_hub_is_one_line_and_the_folder_is_ready(run: Path, tmp_path: Path) -> None:
+    """A port of this machine where nobody listens stands for the hub."""
+    out = tmp_path / "ready for the hub"
+    words = [str(run / "merged" / "hf"), "--workdir", str(run), "--out", str(out), "--private"]
+    done = subprocess.run(
+        [sys.executable, "-m", "memphis_jax", "publish", *words, "--upload", "nobody/nothing"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert f"{out} is ready, but not on the hub as nobody/nothing" in done.stderr
+    assert f"`hf upload nobody/nothing '{out}' --private`" in done.stderr
+    check_certificate(out, file_hashes(out))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--upload", "nothing"], "--upload 'nothing': give OWNER/NAME"),
+        (["--upload", "a/b/c"], "--upload 'a/b/c': give OWNER/NAME"),
+        (["--upload", ""], "--upload '': give OWNER/NAME"),
+        (["--upload", "no body/nothing"], "'no body/nothing': Repo id must use alphanumeric"),
+        (["--base-model", "/x"], "--base-model '/x': give OWNER/NAME"),
+        (["--private"], "--private is about the repository of --upload"),
+        *(
+            (["--license", name], f"--license {name!r} is not how the hub names a licence")
+            for name in ("Apache 2.0", "Apache-2.0", "", "mit\n---")
+        ),
+        (["--workdir", "nowhere"], "--workdir nowhere is not a folder"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        hf = str(run / "merged" / "hf")
+        publish.publish([hf, "--workdir", str(run), "--out", str(out), *options])
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hubs_own_names_pass(run: Path, tmp_path: Path) -> None:
+    hf, out = str(run / "merged" / "hf"), str(tmp_path / "out")
+    for name in ("apache-2.0", "mit", "cc-by-nc-sa-4.0", "llama3.1", "bsd-3-clause-clear", "other"):
+        publish.publish([hf, "--workdir", str(run), "--out", out, "--card", "--license", name])
+        assert ModelCard.load(tmp_path / "out" / "README.md").data.license == name
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"start": {"hf_folder": ""}}'])
+def test_a_broken_record_is_named(run: Path, tmp_path: Path, text: str) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(run / "merged", workdir / "merged")
+    (workdir / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{workdir}/config.json "):
+        publish.publish([str(workdir / "merged" / "hf"), "--workdir", str(workdir), "--card"])
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (workdir / "merged" / "hf" / name).write_text("{")
+        words = [str(workdir / "merged" / "hf"), "--workdir", str(workdir), "--uncertified"]
+        with pytest.raises(ValueError, match=f"hf/{name} is not JSON"):
+            publish.publish(words)
+        (workdir / "merged" / "hf" / name).write_text("{}")
+    assert not list(workdir.glob(".*")) and not (workdir / "published").exists()
 
 
 def test_what_is_refused(run: Path, tmp_path: Path) -> None:
