@@ -4,7 +4,7 @@ Reads the files that the stages leave in a workdir (config.json, ledger/, eval/,
 writes report.html beside them: inline SVG, inline CSS, one small script, nothing loaded from
 anywhere. A file that is not there yet leaves a gap which the page names, so a run that goes on has
 a report too. Model output is data here: jinja escapes it, and the script only sets it as text.
-Imports `charts` and `report_merge` of ours, and no jax.
+Imports `charts`, `report_merge`, `report_files` and `model_card.read_json` of ours, and no jax.
 
     python -m memphis_jax.report WORKDIR
 """
@@ -21,9 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from safetensors import safe_open
 
 from memphis_jax import charts, report_merge
+from memphis_jax.model_card import read_json
+from memphis_jax.report_files import (
+    HELD,
+    count_parameters,
+    is_run,
+    read_accuracies,
+    read_ledger,
+    read_lines,
+    read_metrics,
+    rounds_there,
+)
 
 Row = dict[str, Any]
 
@@ -31,37 +41,6 @@ MOST_PAIRS = 300  # per round
 MOST_PAIR_BYTES = 1_000_000  # of all rounds together: keeps the page under 2 MB
 
 ACCURACIES = ("validation_greedy", "validation_sampled", "test_greedy", "test_sampled")
-
-
-def _read_json(path: Path) -> Row:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _read_lines(path: Path, has: str) -> list[Row]:
-    """Rows of a JSON Lines file that hold the field `has` (header lines do not); none if no file.
-
-    A stage may be writing metrics right now: a last line without its line feed is left out.
-    """
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]
-    return [row for row in rows if has in row]
-
-
-def _read_metrics(path: Path) -> list[Row]:
-    """One row per step, in order; of a step logged twice (killed and resumed), the later row."""
-    rows = {row["step"]: row for row in _read_lines(path, "step")}
-    return [rows[step] for step in sorted(rows)]
-
-
-def _count_parameters(hf_folder: Path) -> int:
-    """How many numbers the folder's safetensors files hold, from their headers; 0 without files."""
-    count = 0
-    for path in hf_folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))
-    return count
 
 
 def standard_error(share: float, count: int) -> float:
@@ -132,15 +111,15 @@ def choose_pairs(pairs: Sequence[Row], most: int, most_bytes: int) -> list[Row]:
 
 def _read_round(workdir: Path, number: int) -> Row:
     folder = workdir / f"round{number}"
-    stats = _read_json(folder / "pairs.json")
-    graded = _read_lines(folder / "graded.jsonl", "num_tokens")
-    pairs = _read_lines(folder / "pairs.jsonl", "chosen")
+    stats = read_json(folder / "pairs.json")
+    graded = read_lines(folder / "graded.jsonl", {"num_tokens": int})
+    pairs = read_lines(folder / "pairs.jsonl", {"chosen": str, "rejected": str})
     return {
         "label": f"round {number}",
         "stats": stats,
         "verdicts": stats.get("verdicts", stats),
-        "audit": _read_json(folder / "graded.audit.json"),
-        "metrics": _read_metrics(folder / "rank" / "metrics.jsonl"),
+        "audit": read_json(folder / "graded.audit.json"),
+        "metrics": read_metrics(folder / "rank" / "metrics.jsonl"),
         "tokens": [row["num_tokens"] for row in graded],
         "mean_tokens": _mean([row["num_tokens"] for row in graded]),
         "truncated": _mean([row.get("finish_reason") == "length" for row in graded]),
@@ -173,9 +152,9 @@ def _what_was_run(workdir: Path, config: Row, ledger: Sequence[Row]) -> Row:
     """Facts for the head of the page: name -> text, unknown ones left out."""
     words = [str(word) for record in ledger for word in record["command"]]
     names = [word for word in words if re.search(r"(^|/)configs/[^/]+\.py$", word)]
-    parameters = _count_parameters(workdir / "sft" / "hf")
+    parameters = count_parameters(workdir / "sft" / "hf")
     size = [f"{parameters:,} parameters"] if parameters else []
-    shape = _read_json(workdir / "sft" / "hf" / "config.json") or config.get("model", {})
+    shape = read_json(workdir / "sft" / "hf" / "config.json") or config.get("model", {})
     if shape:
         size.append(
             f"{shape['num_hidden_layers']} layers × {shape['hidden_size']} wide, "  # noqa: RUF001
@@ -229,19 +208,18 @@ def _shorten(text: str, most: int) -> str:
 
 def _context(workdir: Path) -> Row:
     """Everything that the template names."""
-    config = _read_json(workdir / "config.json")
-    records = [_read_json(path) for path in (workdir / "ledger").glob("*.json")]
-    ledger = sorted(records, key=lambda record: record["started"])
+    config = read_json(workdir / "config.json")
+    ledger = read_ledger(workdir)
     planned = config.get("rounds", {}).get("num_rounds", 0)
-    there = [int(p.name.removeprefix("round")) for p in workdir.glob("round*") if p.is_dir()]
-    rounds = [_read_round(workdir, r) for r in range(1, max([planned, *there]) + 1)]
+    most = max([planned, *rounds_there(workdir)])
+    rounds = [_read_round(workdir, number) for number in range(1, most + 1)]
     stages = [("sft", "SFT"), *((f"round{i}", row["label"]) for i, row in enumerate(rounds, 1))]
     evals = [
         {**values, "label": label, "cells": {name: _accuracy(values, name) for name in ACCURACIES}}
         for stage, label in stages
-        if (values := _read_json(workdir / "eval" / f"{stage}.json"))
+        if (values := read_accuracies(workdir / "eval" / f"{stage}.json", ACCURACIES))
     ]
-    training = {"SFT": _read_metrics(workdir / "sft" / "metrics.jsonl")}
+    training = {"SFT": read_metrics(workdir / "sft" / "metrics.jsonl")}
     training |= {row["label"]: row["metrics"] for row in rounds}
     parts = report_merge.context(workdir)
     return {
@@ -290,12 +268,24 @@ def write_report(workdir: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: write the report of one run and print its path."""
-    parser = argparse.ArgumentParser(prog="memphis report", description=main.__doc__)
-    parser.add_argument("workdir", type=Path, help="folder of a `memphis rounds` run")
+    parser = argparse.ArgumentParser(
+        prog="memphis report",
+        description="Write WORKDIR/report.html and print its path: one page about a run, which "
+        "loads nothing from anywhere: accuracies, loss curves, times, what the grader did, and "
+        "pairs of each round to read.",
+        epilog="Reads config.json, ledger/, eval/, results.json and, of sft/ and each roundN/, "
+        "metrics.jsonl, graded.jsonl and pairs.jsonl. What is not there yet leaves a gap that the "
+        "page names, so it can be written at any time of a run; `memphis rounds` and `memphis "
+        "scribe` write it at their end. Changes nothing else.",
+    )
+    parser.add_argument(
+        "workdir", type=Path, help="the --workdir of `memphis rounds` or `memphis scribe`"
+    )
     workdir = parser.parse_args(argv).workdir
     if not workdir.is_dir():
         parser.error(f"{workdir} is not a folder: give the --workdir of a run")
+    if not is_run(workdir):
+        parser.error(f"{workdir} is not of a run, whose folder holds {HELD}: give its --workdir")
     print(write_report(workdir))
 
 

@@ -389,6 +389,7 @@ def test_long_completions_keep_the_page_under_two_megabytes(tmp_path: Path) -> N
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ledger").mkdir()
     main([str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").is_file()
