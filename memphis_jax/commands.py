@@ -59,7 +59,7 @@ def train(argv: Sequence[str]) -> None:
     from memphis_jax.runtime import is_first, start_jax
     from memphis_jax.sharding import make_mesh
 
-    start_jax()
+    start_jax(config.compute.dtype)
     settings = config.sft if args.phase == "sft" else config.rank
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     model = _model_config(args.init, config)

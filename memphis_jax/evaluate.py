@@ -169,16 +169,13 @@ def _jax_engine(args: argparse.Namespace, dtype: str, model_sha256: str) -> Any:
         words = [sys.executable, "-m", "convert", "from-hf", str(args.model), str(folder)]
         if subprocess.run(words, stdout=sys.stderr).returncode:
             raise ValueError(f"{args.model} cannot be converted: see above")
-    import jax
     from transformers import AutoTokenizer
 
     from memphis_jax import checkpoint
     from memphis_jax.eval_lm import JaxLM
     from memphis_jax.runtime import start_jax
 
-    start_jax()
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    start_jax(dtype)
     weights, _ = checkpoint.restore_model(folder, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     return JaxLM(weights, tokenizer, dtype=dtype, batch_size=args.batch_size)

@@ -20,8 +20,11 @@ from memphis_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
-def start_jax() -> None:
-    """Joins the other hosts, sets up the compile cache and the allocator.
+def start_jax(dtype: str = "bfloat16") -> None:
+    """Joins the other hosts, sets up the compile cache, the allocator and the products' precision.
+
+    `dtype` is that of compute. float32 is meant: by default a TPU multiplies in bfloat16 then, and
+    a GPU in TF32, with 8 and 11 bits for the mantissa's 24.
 
     JAX_COORDINATOR_ADDRESS and its companions make this one of several processes (hosts.py).
     JAX_COMPILATION_CACHE_DIR moves the persistent compile cache.
@@ -47,6 +50,8 @@ def start_jax() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memphis_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if dtype == "float32" and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
     if libc and jax.default_backend() == "cpu":
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never

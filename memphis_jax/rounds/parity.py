@@ -57,7 +57,7 @@ def parity(argv: Sequence[str]) -> None:
     from memphis_jax.runtime import is_first, start_jax
     from memphis_jax.sharding import make_mesh
 
-    start_jax()
+    start_jax(dtype)
     tokenizer, _ = load_tokenizer(args.checkpoint / "tokenizer")
     prompts = [encode_prompt(tokenizer, questions[row["id"]]["prompt"]) for row in rows]
     model, _ = checkpoint.restore_model(args.checkpoint, mesh=make_mesh())

@@ -36,7 +36,7 @@ def sample(argv: Sequence[str]) -> None:
     from memphis_jax import checkpoint
     from memphis_jax.runtime import start_jax
 
-    start_jax()
+    start_jax(args.dtype)
     rows = read_questions(args.questions, args.num_questions, args.seed)
     if not rows:
         raise ValueError(f"{' '.join(args.questions)}: there is no question to answer")
