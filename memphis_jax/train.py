@@ -314,6 +314,9 @@ def run(
                 meta = {"identity": identity, "loader": batches.get_state(), "step": step}
                 checkpoint.save(manager, step, state.model, meta, state.without_model())
     _check_not_stopped(state, phase, workdir, settings, loader.num_steps)
+    if is_first() and (skipped := int(state.skipped)):
+        told = f"{phase}: {skipped} of {step} steps were not finite and changed nothing"
+        print(told, file=sys.stderr, flush=True)
     if step < loader.num_steps:
         raise Stopped(
             f"{phase}: stopped; step {step} of {loader.num_steps} is saved in {workdir}, and the "

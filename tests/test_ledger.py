@@ -85,6 +85,12 @@ def test_a_failed_stage_is_named_and_recorded_and_runs_again(tmp_path: Path) -> 
     assert ledger.run(copy_stage(tmp_path))
 
 
+def test_a_stage_that_was_killed_says_so(tmp_path: Path) -> None:
+    killed = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(StageFailed, match=r"\(killed by SIGKILL, often for lack of memory\)"):
+        Ledger(tmp_path, "").run(Stage("big", killed, (), ()))
+
+
 def test_a_stage_that_writes_nothing_has_failed(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one")
     with pytest.raises(StageFailed, match=r"no .*out\.txt"):

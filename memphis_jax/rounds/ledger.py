@@ -82,7 +82,7 @@ class Ledger:
                 ENDS_WITH.get(signalled, exit_code),
             )
         if exit_code or missing:
-            why = f"exit code {exit_code}" if exit_code else f"no {', '.join(missing)}"
+            why = _ending(exit_code) if exit_code else f"no {', '.join(missing)}"
             raise StageFailed(f"stage {stage.name} failed ({why}); its output is in {log}")
         return True
 
@@ -155,6 +155,16 @@ def _plain(command: Sequence[str], workdir: str) -> list[str]:
     if words and Path(words[0]).name.startswith("python"):
         words[0] = "python"
     return words
+
+
+def _ending(exit_code: int) -> str:
+    """What an exit code other than 0 says; one below 0 is a signal, one above 128 a shell's."""
+    try:
+        name = signal.Signals(-exit_code if exit_code < 0 else exit_code - 128).name
+    except ValueError:
+        return f"exit code {exit_code}"
+    often = ", often for lack of memory" if name == "SIGKILL" else ""
+    return f"killed by {name}{often}"
 
 
 def _hash(path: Path) -> str:
