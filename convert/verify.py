@@ -16,7 +16,8 @@ from convert.mapping import by_leaf, places, transpose_into
 from convert.to_hf import CERTIFICATE, describe, hash_files, hash_folder
 from convert.weights import Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import read_meta
-from memphis_jax.config import ModelConfig, difference
+from memphis_jax.config import ModelConfig
+from memphis_jax.fields import difference
 
 
 @dataclass

@@ -1,168 +1,30 @@
 """Everything a user can set, checked: ml_collections ConfigDict -> frozen dataclasses.
 
 A config file in configs/ has `get_config() -> ConfigDict`; `load` turns it, with overrides from the
-command line, into one `RunConfig`. Every check of a user's value lives here; inner functions take
-plain values. Imports nothing of ours.
+command line, into one `RunConfig`. Every check of a user's value lives here (of a model's shape:
+`model_config.py`); inner functions take plain values.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
 import runpy
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-
-class ConfigError(ValueError):
-    """A value the program cannot run with; the message names the field, the value and the fix."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    _require(value in allowed, f"{name} = {value!r} is not one of {', '.join(map(repr, allowed))}")
-
-
-def _positive(obj: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(obj, name)
-        _require(value > 0, f"{name} = {value!r} must be greater than 0")
-
-
-def _not_negative(obj: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(obj, name)
-        _require(value >= 0, f"{name} = {value!r} must be 0 or greater")
-
-
-def _share(obj: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(obj, name)
-        _require(0.0 <= value <= 1.0, f"{name} = {value!r} must be between 0 and 1")
-
-
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a StableLM, in the names of Hugging Face's StableLmConfig (same defaults)."""
-
-    vocab_size: int = 50304
-    hidden_size: int = 2560
-    intermediate_size: int = 6912
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    partial_rotary_factor: float = 0.25  # share of each head's dimensions that is rotated
-    use_qkv_bias: bool = False
-    qk_layernorm: bool = False
-    use_parallel_residual: bool = False
-    tie_word_embeddings: bool = False
-    bos_token_id: int = 0
-    eos_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        _positive(self, "layer_norm_eps", "rope_theta", "initializer_range")
-        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size = {self.hidden_size} is not divisible by "
-            f"num_attention_heads = {self.num_attention_heads}",
-        )
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads = {self.num_attention_heads} is not divisible by "
-            f"num_key_value_heads = {self.num_key_value_heads}",
-        )
-        _require(
-            self.partial_rotary_factor <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
-            f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_dim} "
-            f"gives {self.rotary_dim} rotary dimensions: an even number greater than 0 is needed",
-        )
-        _require(
-            0 <= self.eos_token_id < self.vocab_size,
-            f"eos_token_id = {self.eos_token_id} is outside the vocabulary of {self.vocab_size}",
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a Hugging Face config.json, of model_type stablelm or the old stablelm_epoch.
-
-        Raises ConfigError naming the field for anything that this model does not compute: another
-        model_type or activation, RoPE scaling, dropout, quantisation.
-        """
-        _one_of("model_type", hf.get("model_type"), ("stablelm", "stablelm_epoch"))
-        _refuse_unsupported(hf)
-        values = {f.name: hf[f.name] for f in dataclasses.fields(cls) if hf.get(f.name) is not None}
-        renamed = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"}
-        values |= {new: hf[old] for old, new in renamed.items() if hf.get(old) is not None}
-        rope = hf.get("rope_parameters") or {}
-        values |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads", 32))
-        aliases = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
-        if "hidden_act" in values:
-            values["hidden_act"] = aliases.get(values["hidden_act"], values["hidden_act"])
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = values["eos_token_id"][0]
-        return build(cls, values, "config.json")
-
-    def to_hf(self) -> dict[str, Any]:
-        """config.json for transformers (4.38 or later: model_type stablelm) and for vLLM."""
-        rope = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.partial_rotary_factor}
-        return {
-            "architectures": ["StableLmForCausalLM"],
-            "model_type": "stablelm",
-            **dataclasses.asdict(self),
-            "rope_parameters": {"rope_type": "default", **rope},
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "use_cache": True,
-        }
-
-
-def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
-    for name in ("hidden_dropout", "attention_dropout"):
-        value = hf.get(name) or 0.0
-        _require(value == 0, f"{name} = {value}: dropout is not supported, set it to 0")
-    for name in ("rope_scaling", "quantization_config"):
-        _require(not hf.get(name), f"{name} = {hf.get(name)!r} is not supported, remove it")
-    rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
-    _require(
-        rope_type == "default",
-        f"rope_parameters.rope_type = {rope_type!r} is not supported: only 'default' (no scaling)",
-    )
-    factor = hf.get("rotary_scaling_factor", 1.0)
-    _require(factor == 1.0, f"rotary_scaling_factor = {factor} is not supported, only 1.0")
-    if hf.get("head_dim") is not None:
-        derived = hf.get("hidden_size", 2560) // hf.get("num_attention_heads", 32)
-        _require(
-            hf["head_dim"] == derived,
-            f"head_dim = {hf['head_dim']} is not hidden_size / num_attention_heads = {derived}",
-        )
+from memphis_jax.fields import (
+    ConfigError,
+    build,
+    not_negative,
+    one_of,
+    positive,
+    require,
+    share,
+    with_defaults,
+)
+from memphis_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -196,10 +58,10 @@ class ComputeConfig:
     logprob_chunk: int = 512  # tokens whose logits exist at once, on each device
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("remat", self.remat, tuple(REMAT))
-        _one_of("attention", self.attention, ATTENTION)
-        _positive(self, "logprob_chunk")
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("remat", self.remat, tuple(REMAT))
+        one_of("attention", self.attention, ATTENTION)
+        positive(self, "logprob_chunk")
 
 
 # What a row of one's own must have, by template: column names are given for one of these sets.
@@ -226,16 +88,16 @@ class MixtureEntry:
     at_least: dict[str, float] = field(default_factory=dict)  # one's own: column -> lowest number
 
     def __post_init__(self) -> None:
-        _not_negative(self, "rows")
-        _require(bool(self.split), "split is empty: 'train' is usual")
-        _require(
+        not_negative(self, "rows")
+        require(bool(self.split), "split is empty: 'train' is usual")
+        require(
             not (self.path and (self.repo or self.revision)),
             f"path = {self.path!r} is on this machine: leave out repo and revision, or the path",
         )
-        _one_of("template", self.template, ("", *COLUMNS))
+        one_of("template", self.template, ("", *COLUMNS))
         if self.template:
-            _require(bool(self.repo or self.path), "path and repo are empty: give one of them")
-            _require(
+            require(bool(self.repo or self.path), "path and repo are empty: give one of them")
+            require(
                 set(self.columns) in COLUMNS[self.template],
                 f"columns = {self.columns} is not {self.template!r}'s: give "
                 + " or ".join(", ".join(sorted(names)) for names in COLUMNS[self.template]),
@@ -243,7 +105,7 @@ class MixtureEntry:
         else:
             for name in ("columns", "at_least"):
                 value = getattr(self, name)
-                _require(not value, f"{name} = {value} needs a template, 'cot' or 'chat'")
+                require(not value, f"{name} = {value} needs a template, 'cot' or 'chat'")
 
 
 @dataclass(frozen=True)
@@ -264,20 +126,20 @@ class DataConfig:
     contamination: str = "drop"  # training rows that match an evaluation set: "drop" or "keep"
 
     def __post_init__(self) -> None:
-        _one_of("source", self.source, ("procedural", "jsonl", "mixture"))
-        _one_of("contamination", self.contamination, ("drop", "keep"))
-        _one_of("task", self.task, ("sums", "more"))
+        one_of("source", self.source, ("procedural", "jsonl", "mixture"))
+        one_of("contamination", self.contamination, ("drop", "keep"))
+        one_of("task", self.task, ("sums", "more"))
         if self.source == "procedural":
-            _positive(self, "num_train", "num_validation", "num_test", "vocab_size")
+            positive(self, "num_train", "num_validation", "num_test", "vocab_size")
         elif self.source == "mixture":
-            _require(bool(self.mixture), "mixture is empty: name a data set (docs/data.md)")
-            _not_negative(self, "num_validation", "num_test")
+            require(bool(self.mixture), "mixture is empty: name a data set (docs/data.md)")
+            not_negative(self, "num_validation", "num_test")
             for name in ("train", "validation", "test"):
                 value = getattr(self, name)
-                _require(not value, f"{name} = {value!r} is for source = 'jsonl', not 'mixture'")
+                require(not value, f"{name} = {value!r} is for source = 'jsonl', not 'mixture'")
         else:
             for name in ("train", "validation", "test"):
-                _require(bool(getattr(self, name)), f"{name} is empty: give a JSON Lines file")
+                require(bool(getattr(self, name)), f"{name} is empty: give a JSON Lines file")
 
 
 @dataclass(frozen=True)
@@ -300,13 +162,13 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("adalite", "adamw"))
-        _positive(self, "learning_rate", "eps", "adam_eps")
-        _not_negative(self, "clip_norm", "lambda_", "weight_decay")
-        _share(self, "warmup_ratio", "momentum", "b1", "b2")
+        one_of("name", self.name, ("adalite", "adamw"))
+        positive(self, "learning_rate", "eps", "adam_eps")
+        not_negative(self, "clip_norm", "lambda_", "weight_decay")
+        share(self, "warmup_ratio", "momentum", "b1", "b2")
         for name in ("momentum", "b1", "b2"):
-            _require(getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be below 1")
-        _require(
+            require(getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be below 1")
+        require(
             math.isfinite(self.learning_rate), f"learning_rate = {self.learning_rate} is not finite"
         )
 
@@ -329,11 +191,11 @@ class PhaseConfig:
     log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "accumulation", "seq_len")
-        _positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
-        _share(self, "mixce_eta")
-        _not_negative(self, "neftune_alpha", "rank_weight")
-        _require(
+        positive(self, "epochs", "batch_size", "accumulation", "seq_len")
+        positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+        share(self, "mixce_eta")
+        not_negative(self, "neftune_alpha", "rank_weight")
+        require(
             self.batch_size % self.accumulation == 0,
             f"batch_size = {self.batch_size} is not divisible by accumulation = "
             f"{self.accumulation}",
@@ -351,8 +213,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         axes = dataclasses.asdict(self)
         for name, size in axes.items():
-            _require(size == -1 or size > 0, f"{name} = {size} must be 1 or more, or -1 (the rest)")
-        _require(
+            require(size == -1 or size > 0, f"{name} = {size} must be 1 or more, or -1 (the rest)")
+        require(
             list(axes.values()).count(-1) <= 1, f"mesh {axes}: only one axis can take the rest (-1)"
         )
 
@@ -361,13 +223,13 @@ class MeshConfig:
         axes = dataclasses.asdict(self)
         given = math.prod(size for size in axes.values() if size != -1)
         if -1 in axes.values():
-            _require(
+            require(
                 num_devices % given == 0,
                 f"mesh {axes}: {num_devices} devices do not divide by {given}; set the axes so "
                 "that their product does",
             )
             return {name: num_devices // given if n == -1 else n for name, n in axes.items()}
-        _require(
+        require(
             given == num_devices,
             f"mesh {axes} needs {given} devices, there are {num_devices}; set one axis to -1",
         )
@@ -383,12 +245,12 @@ def check_context(
     """
     context = model.max_position_embeddings
     for phase, settings in phases.items():
-        _require(
+        require(
             settings.seq_len <= context,
             f"{phase}.seq_len = {settings.seq_len} exceeds the model's max_position_embeddings = "
             f"{context}; set --config.{phase}.seq_len={context} or less",
         )
-    _require(
+    require(
         max_new_tokens < context,
         f"generate.max_new_tokens = {max_new_tokens} leaves no room for a question: the model's "
         f"max_position_embeddings is {context}",
@@ -412,7 +274,7 @@ def check_mesh(
     ):
         for axis in axes:
             value = getattr(model, name)
-            _require(
+            require(
                 value % mesh[axis] == 0,
                 f"{name} = {value} is not divisible by mesh.{axis} = {mesh[axis]}; choose a "
                 f"mesh.{axis} that divides it",
@@ -420,13 +282,13 @@ def check_mesh(
     shards = mesh["data"] * fsdp
     for phase, settings in phases.items():
         micro = settings.batch_size // settings.accumulation
-        _require(
+        require(
             micro % shards == 0,
             f"{phase}: a micro-batch of {micro} (batch_size {settings.batch_size} / accumulation "
             f"{settings.accumulation}) is not divisible by mesh.data x mesh.fsdp = {shards}; "
             "change batch_size, accumulation or the mesh",
         )
-        _require(
+        require(
             settings.seq_len % parts == 0,
             f"{phase}.seq_len = {settings.seq_len} is not divisible by mesh.model = {parts}",
         )
@@ -449,12 +311,12 @@ class GenerateConfig:
     parity_bound: float = 0.0  # nats per token; 0 = 0.02 in float32, 0.05 in bfloat16
 
     def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ("jax", "vllm"))
-        _positive(self, "num_samples", "max_new_tokens", "batch_questions", "batch_size")
-        _positive(self, "data_parallel", "tensor_parallel_size")
-        _not_negative(self, "temperature", "questions_per_round")
-        _not_negative(self, "parity_completions", "parity_bound")
-        _require(0 < self.top_p <= 1, f"top_p = {self.top_p} must be in (0, 1]")
+        one_of("engine", self.engine, ("jax", "vllm"))
+        positive(self, "num_samples", "max_new_tokens", "batch_questions", "batch_size")
+        positive(self, "data_parallel", "tensor_parallel_size")
+        not_negative(self, "temperature", "questions_per_round")
+        not_negative(self, "parity_completions", "parity_bound")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p} must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -470,13 +332,13 @@ class MergeConfig:
     eval_options: tuple[str, ...] = ()  # further words for it: ("--limit=100",)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, ("slerp", "linear"))
-        _share(self, "t")
-        _require(
+        one_of("method", self.method, ("slerp", "linear"))
+        share(self, "t")
+        require(
             0 < self.threshold <= 1, f"threshold = {self.threshold} must be in (0, 1]: it is |cos|"
         )
         for t in self.sweep:
-            _require(0 <= t <= 1, f"sweep: t = {t} must be between 0 and 1")
+            require(0 <= t <= 1, f"sweep: t = {t} must be between 0 and 1")
         self.patterns()
 
     def patterns(self) -> list[tuple[re.Pattern[str], float]]:
@@ -490,7 +352,7 @@ class MergeConfig:
                 raise ConfigError(
                     f"t_for: {text!r} is not REGEX=T, as mlp=0.3 is: {error}"
                 ) from None
-            _require(bool(regex) and 0 <= t <= 1, f"t_for: {text!r} is not REGEX=T with T in 0..1")
+            require(bool(regex) and 0 <= t <= 1, f"t_for: {text!r} is not REGEX=T with T in 0..1")
             found.append((pattern, t))
         return found
 
@@ -502,8 +364,8 @@ class RoundsConfig:
     eval_samples: int = 4  # sampled answers per held-out question
 
     def __post_init__(self) -> None:
-        _not_negative(self, "num_rounds", "max_pairs_per_question")
-        _positive(self, "eval_samples")
+        not_negative(self, "num_rounds", "max_pairs_per_question")
+        positive(self, "eval_samples")
 
 
 @dataclass(frozen=True)
@@ -530,63 +392,19 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _not_negative(self, "seed")
+        not_negative(self, "seed")
         if self.data.source != "procedural" and not self.start.hf_folder:
-            _require(
+            require(
                 bool(self.data.tokenizer),
                 "data.tokenizer is empty: random weights need a folder with tokenizer.json",
             )
 
 
-def build(cls: Any, values: Mapping[str, Any], path: str = "config") -> Any:
-    """Dataclass `cls` of nested mappings; ConfigError for unknown, missing or ill-typed fields."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"{path}.{name} is not a known field; {hint}")
-    built = {}
-    for name, f in fields.items():
-        where = f"{path}.{name}"
-        if name in values:
-            built[name] = _convert(hints[name], values[name], where)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where} is missing")
-    try:
-        return cls(**built)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, Mapping), f"{where} = {value!r} must be a section with fields")
-        return build(kind, value, where)
-    if typing.get_origin(kind) is dict:  # dict[str, kind of the values]
-        _require(isinstance(value, Mapping), f"{where} = {value!r} must be a section with fields")
-        inner = typing.get_args(kind)[1]
-        return {name: _convert(inner, value[name], f"{where}.{name}") for name in value}
-    if typing.get_origin(kind) is tuple:  # tuple[kind of the items, ...]; JSON has lists
-        _require(isinstance(value, list | tuple), f"{where} = {value!r} must be a tuple")
-        inner = typing.get_args(kind)[0]
-        return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is float and isinstance(value, float):
-        _require(math.isfinite(value), f"{where} = {value} must be a finite number")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    wrong_bool = isinstance(value, bool) and kind is not bool
-    if wrong_bool or not isinstance(value, kind):
-        raise ConfigError(f"{where} = {value!r} must be of type {kind.__name__}")
-    return value
-
-
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """RunConfig of a configs/*.py (or a saved config.json) with `--config.a.b=value` overrides."""
-    _require(Path(path).is_file(), f"--config {path}: no such file")
+    require(Path(path).is_file(), f"--config {path}: no such file")
     if path.endswith(".json"):
-        _require(not overrides, f"{path} is a saved config: it takes no overrides ({overrides})")
+        require(not overrides, f"{path} is a saved config: it takes no overrides ({overrides})")
         try:
             saved = json.loads(Path(path).read_text())
         except ValueError as error:
@@ -596,8 +414,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     from ml_collections import ConfigDict, config_flags
 
     module = runpy.run_path(path)
-    _require("get_config" in module, f"{path} has no function get_config()")
-    fields = _with_defaults(RunConfig, module["get_config"]().to_dict())
+    require("get_config" in module, f"{path} has no function get_config()")
+    fields = with_defaults(RunConfig, module["get_config"]().to_dict())
     values, words = flags.FlagValues(), ["memphis", *overrides]
     try:
         holder = config_flags.DEFINE_config_dict(
@@ -606,38 +424,5 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         surplus = values(words)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: {error}") from None
-    _require(not surplus, f"unknown arguments: {' '.join(surplus)}")
+    require(not surplus, f"unknown arguments: {' '.join(surplus)}")
     return build(RunConfig, holder.value.to_dict())
-
-
-def _with_defaults(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with every default of the dataclass filled in, so that each can be overridden."""
-    hints, filled = typing.get_type_hints(cls), dict(given)
-    for f in dataclasses.fields(cls):
-        kind, value = hints[f.name], given.get(f.name, {})
-        if dataclasses.is_dataclass(kind):
-            if isinstance(value, Mapping):
-                filled[f.name] = _with_defaults(kind, value)
-        elif typing.get_origin(kind) is dict:
-            inner = typing.get_args(kind)[1]
-            if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
-                value = {
-                    name: _with_defaults(inner, entry) if isinstance(entry, Mapping) else entry
-                    for name, entry in value.items()
-                }
-            filled[f.name] = value
-        elif f.default is not dataclasses.MISSING:
-            filled.setdefault(f.name, f.default)
-    return filled
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """Lines `field: old -> new` for every leaf in which two nested mappings differ."""
-    lines = []
-    for name in sorted(set(old) | set(new)):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += difference(a, b, f"{path}{name}.")
-        elif a != b:
-            lines.append(f"{path}{name}: {a!r} -> {b!r}")
-    return lines

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from memphis_jax import config as configs
+from memphis_jax.fields import difference
 from memphis_jax.tensors import DTYPES, Tensor, open_tensors
 
 # Buffers of old checkpoints that follow from the config: left out wherever they are.
@@ -41,7 +42,7 @@ def mismatches(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tenso
     ours, theirs = (dataclasses.asdict(model_config(folder)) for folder in (a, b))
     for values in (ours, theirs):
         del values["initializer_range"]  # of no effect on a trained model
-    lines = [f"config {line}" for line in configs.difference(ours, theirs)]
+    lines = [f"config {line}" for line in difference(ours, theirs)]
     lines += _tokenizer_mismatches(a, b)
     lines += [f"{name} is only in {a}" for name in left if name not in right]
     lines += [f"{name} is only in {b}" for name in right if name not in left]

@@ -20,9 +20,10 @@ import optax
 from jax.sharding import Mesh
 
 from memphis_jax import checkpoint
-from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, PhaseConfig, difference
+from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, PhaseConfig
 from memphis_jax.data.loader import Loader
 from memphis_jax.errors import Stopped
+from memphis_jax.fields import difference
 from memphis_jax.metrics import MetricsWriter
 from memphis_jax.model import StableLM, abstract
 from memphis_jax.objectives import Arrays, Sums, SumsFn, objective_weights, rank_sums, sft_sums

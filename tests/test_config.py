@@ -19,9 +19,9 @@ from memphis_jax.config import (
     RunConfig,
     build,
     check_context,
-    difference,
     load,
 )
+from memphis_jax.fields import difference
 from memphis_jax.model import StableLM
 
 PHASE = {"epochs": 1, "batch_size": 4, "seq_len": 32, "optimizer": {}}

@@ -13,7 +13,9 @@ CONFIG = "memphis_jax.config"
 
 # The modules of ours that a module may import. What is not listed here follows `may_import`.
 ALLOWED: dict[str, set[str]] = {
-    CONFIG: set(),
+    "memphis_jax.fields": set(),
+    "memphis_jax.model_config": {"memphis_jax.fields"},
+    CONFIG: {"memphis_jax.fields", "memphis_jax.model_config"},
     "memphis_jax.losses": set(),
     "memphis_jax.neftune": set(),
     "memphis_jax.adalite": set(),
@@ -26,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "memphis_jax.optimizer": {CONFIG, "memphis_jax.adalite"},
     "memphis_jax.sharding": {CONFIG},
 }
-CONVERT_MAY_IMPORT = {CONFIG, "memphis_jax.model", "memphis_jax.checkpoint"}
+CONVERT_MAY_IMPORT = {CONFIG, "memphis_jax.fields", "memphis_jax.model", "memphis_jax.checkpoint"}
 
 # These run on machines without JAX: a GPU host that generates, a laptop that grades.
 JAX_FREE = {

@@ -30,6 +30,7 @@ from memphis_jax.data.examples import MANIFEST, read_manifest
 from memphis_jax.data.fields import Drop, clean
 from memphis_jax.data.prompts import load_tokenizer
 from memphis_jax.data.recipes import Item, Loaded
+from memphis_jax.fields import difference
 from memphis_jax.rounds.files import read_jsonl, sha256_file, write_jsonl
 
 SPLITS = ("train", "validation", "test")
@@ -114,7 +115,7 @@ def _contaminated(loaded: Loaded, evaluation: Sequence[str]) -> list[str]:
 def _is_finished(out: Path, inputs: Mapping[str, Any]) -> bool:
     """Whether the built folder `out` is whole. Raises ConfigError where it has other inputs."""
     manifest = read_manifest(out)
-    if lines := configs.difference(manifest["inputs"], inputs):
+    if lines := difference(manifest["inputs"], inputs):
         raise configs.ConfigError(
             f"{out} was built from other inputs: choose another --out, or delete it. "
             "Differing (built -> given): " + "; ".join(lines)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memphis_jax import config as configs
+from memphis_jax.fields import difference
 from memphis_jax.rounds.files import write_json
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import Recipe
@@ -106,7 +107,7 @@ def claim(workdir: Path, config: configs.RunConfig) -> None:
     )
     # As JSON has them: no tuples. A field newer than the saved file has its default there.
     old, fields = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (saved, config))
-    if lines := [line for line in configs.difference(old, fields) if not line.startswith(PLACES)]:
+    if lines := [line for line in difference(old, fields) if not line.startswith(PLACES)]:
         raise configs.ConfigError(
             f"{workdir} was started with another config: use another --workdir, or delete it. "
             "Differing (saved -> given): " + "; ".join(lines)
