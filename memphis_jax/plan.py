@@ -112,7 +112,7 @@ def as_configured(job: Job) -> Candidate:
     try:
         return job.candidate(job.config.mesh, job.settings.accumulation, job.config.compute.remat)
     except ConfigError as error:
-        raise ConfigError(f"{job.where.name}: {error}") from None
+        raise ConfigError(f"{job.name}: {error}") from None
 
 
 def recipe(config: RunConfig, data: Path | None, tokens: int | None, pairs: int) -> Work:
@@ -142,7 +142,7 @@ class _Say:
 
     def __call__(self, job: Job, candidate: Candidate) -> Compiled:
         self._count += 1
-        line = f"{job.where.name} {job.phase} [{self._count}/{self._most}] {candidate}"
+        line = f"{job.name} {job.phase} [{self._count}/{self._most}] {candidate}"
         print(f"{line} ...", end="", file=sys.stderr, flush=True)
         start = time.perf_counter()
         found = compile_step(*job.request(candidate))

@@ -21,10 +21,11 @@ class Chip:
     hbm: float  # bytes of memory, as published; the compiler's own limit is a little lower
     hbm_bandwidth: float  # bytes/s
     link: float  # bytes/s of one interconnect link in one direction
+    dcn: float  # bytes/s of a chip's share of its host's network between slices, in one direction
     dims: int  # of the torus; a chip has two links per dimension
     most: int  # chips in a pod
     ring: int  # a dimension of this size (or a multiple, in 3D) closes to a ring
-    devices: int  # that JAX sees per chip
+    devices: int  # that JAX sees per chip: FLOP/s, memory and links are the whole chip's
     source: str
 
 
@@ -32,18 +33,44 @@ class Chip:
 # is 1 / (2 * links) of it. v4's page has none: its all-reduce bandwidth of a pod, 1.1 PB/s, by 4096
 # chips and 6 links gives 45 GB/s, as in https://jax-ml.github.io/scaling-book/tpus/, which says too
 # where a dimension closes to a ring.
+#
+# tpu7x: its page gives all figures per chip (1200 GB/s of links, both ways), and a chip's two
+# chiplets as two devices, each with half of the HBM; they reach each other over a die-to-die link,
+# six times as fast as a link of the torus, that is not counted.
+#
+# Between slices: v5p, v6e and tpu7x as tpu7x's page compares them, 50, 100 and 100 Gbit/s per chip.
+# v5e's gives 6.4 Tbit/s for a pod of 256; of v4 the scaling book says 25 GB/s for a host of four.
 CHIPS = {
     "v4": Chip(
-        275e12, 32 * 2**30, 1200e9, 45e9, 3, 4096, 4, 1, "https://docs.cloud.google.com/tpu/docs/v4"
+        275e12,
+        32 * 2**30,
+        1200e9,
+        45e9,
+        6.25e9,
+        3,
+        4096,
+        4,
+        1,
+        "https://docs.cloud.google.com/tpu/docs/v4",
     ),
     "v5e": Chip(
-        197e12, 16 * 2**30, 819e9, 50e9, 2, 256, 16, 1, "https://docs.cloud.google.com/tpu/docs/v5e"
+        197e12,
+        16 * 2**30,
+        819e9,
+        50e9,
+        3.125e9,
+        2,
+        256,
+        16,
+        1,
+        "https://docs.cloud.google.com/tpu/docs/v5e",
     ),
     "v5p": Chip(
         459e12,
         95 * 2**30,
         2765e9,
         100e9,
+        6.25e9,
         3,
         8960,
         4,
@@ -55,6 +82,7 @@ CHIPS = {
         32 * 2**30,
         1638e9,
         100e9,
+        12.5e9,
         2,
         256,
         16,
@@ -66,6 +94,7 @@ CHIPS = {
         192 * 2**30,
         7380e9,
         100e9,
+        12.5e9,
         3,
         9216,
         4,

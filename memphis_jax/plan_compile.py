@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memphis_jax import config as configs
-from memphis_jax import plan_hlo
+from memphis_jax import plan_hlo, plan_traffic
 from memphis_jax.config import ConfigError, RunConfig
 from memphis_jax.plan_chips import parse_slice, slice_devices
 from memphis_jax.plan_cost import jaxpr_flops
@@ -60,7 +60,20 @@ class Compiled:
 
     @property
     def wire(self) -> float:
-        return sum(one["wire"] for one in self.collectives.values())
+        return self._sum("wire")
+
+    @property
+    def ici(self) -> float:
+        """Bytes into each chip over the links of its slice."""
+        return self._sum("ici")
+
+    @property
+    def dcn(self) -> float:
+        """Bytes into each chip from other slices."""
+        return self._sum("dcn")
+
+    def _sum(self, name: str) -> float:
+        return sum(one[name] for one in self.collectives.values())
 
     @property
     def activations(self) -> float:
@@ -154,7 +167,8 @@ def _compile(config: RunConfig, request: Request) -> Compiled:
         _publish(saved, json.dumps(said).encode())
     if text := gzip.decompress(hlo.read_bytes()).decode():
         module = plan_hlo.parse(text)
-        found = plan_hlo.collectives(module)
+        chips = _chips(mesh, where.num_devices)
+        found = plan_traffic.collectives(module, chips, request.num_slices)
         said["moved"] = plan_hlo.memory_traffic(module)
         said["collectives"] = {kind: dataclasses.asdict(one) for kind, one in found.items()}
     return Compiled(**on_each, **said)
@@ -182,6 +196,12 @@ def abstract_batch(settings: Any, request: Request, mesh: Any) -> dict[str, Any]
         for name in ("candidate_rows", "candidate_segments", "ranks"):
             batch[name] = array(np.int32, *groups)
     return batch
+
+
+def _chips(mesh: Any, count: int) -> list[int]:
+    """The chip of each of the first slice's `count` devices, in the mesh's order."""
+    coords = [tuple(device.coords) for device in mesh.devices.flat][:count]
+    return [coords.index(one) for one in coords]
 
 
 def _bytes_on_each(tree: Any) -> int:

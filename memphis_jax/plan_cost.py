@@ -88,32 +88,39 @@ def model_flops(model: ModelConfig, seq_len: int, *, frozen_head: bool) -> float
 
 
 class Bounds(NamedTuple):
-    """Least seconds of a step, each as if the other two took none."""
+    """Least seconds of a step, each as if the others took none."""
 
     compute: float
     memory: float
-    network: float
+    network: float  # between the chips of a slice
+    dcn: float = 0.0  # between slices
 
     @property
     def seconds(self) -> float:
-        """Least: all three overlap without a gap."""
+        """Least: all overlap without a gap."""
         return max(self)
 
     @property
     def name(self) -> str:
-        return self._fields[self.index(self.seconds)]
+        return ("compute", "memory", "network", "DCN")[self.index(self.seconds)]
 
     @property
     def exposed(self) -> float:
-        """Least where the network hides behind nothing."""
-        return max(self.compute, self.memory) + self.network
+        """Least where the networks hide behind nothing."""
+        return max(self.compute, self.memory) + self.network + self.dcn
 
 
-def bounds(flops: float, moved: float, wire: float, where: Slice, num_slices: int = 1) -> Bounds:
-    """Bounds of a step of `flops` on all devices, `moved` HBM and `wire` network bytes on each."""
+def bounds(
+    flops: float, moved: float, ici: float, where: Slice, num_slices: int = 1, dcn: float = 0.0
+) -> Bounds:
+    """Bounds of a step of `flops` on all devices and `moved` HBM bytes on each.
+
+    `ici` and `dcn` are bytes into each chip, over the slice's links and from other slices.
+    """
     chips, chip = where.num_chips * num_slices, where.chip
     return Bounds(
         compute=flops / (chips * chip.flops),
         memory=moved * chip.devices / chip.hbm_bandwidth,
-        network=wire / where.ici if where.ici else 0.0,
+        network=ici / where.ici if where.ici else 0.0,
+        dcn=dcn / chip.dcn,
     )

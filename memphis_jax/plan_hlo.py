@@ -1,19 +1,18 @@
-"""What a compiled step moves: collectives and memory traffic, read from its optimized HLO.
+"""A compiled step's optimized HLO, what runs in it and how often, and the memory traffic of that.
 
 XLA's own cost analysis counts the body of a loop once. Here each computation is walked as often as
-it runs: the body of `while` as many times as its condition says. Imports nothing of ours, no jax.
+it runs: the body of `while` as many times as its condition says. `plan_traffic` reads collectives
+from it. Imports nothing of ours, no jax.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "token": 0}
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
@@ -32,15 +31,6 @@ Computation = dict[str, Instruction]
 class Module(NamedTuple):
     entry: str
     computations: dict[str, Computation]
-
-
-@dataclass
-class Traffic:
-    """Of one kind of collective in one step, on each device."""
-
-    count: int = 0  # times one runs
-    payload: float = 0.0  # bytes of the whole array: gathered, or before it is reduced
-    wire: float = 0.0  # bytes that a device takes in, at least
 
 
 def parse(text: str) -> Module:
@@ -101,7 +91,7 @@ def size(shape: str, *, memory: bool = False) -> float:
 
 def called(instruction: Instruction, name: str) -> str:
     """The computation that attribute `name` (calls, body, condition) of an instruction names."""
-    match = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
+    match = re.search(rf"\b{name}=\{{?%?([\w.\-]+)", instruction.attributes)
     return match[1] if match else ""
 
 
@@ -153,62 +143,6 @@ def _branches(instruction: Instruction) -> list[str]:
     return [called(instruction, "true_computation"), called(instruction, "false_computation")]
 
 
-def collectives(module: Module) -> dict[str, Traffic]:
-    """Traffic of each kind of collective that runs in a step.
-
-    A chain of asynchronous fusions repeats its collective in every link: only the first counts.
-    Least bytes into a device, for groups of n and b bytes of payload: all-gather, reduce-scatter
-    and all-to-all b (n - 1) / n, all-reduce twice that, collective-permute b.
-    """
-    found: dict[str, Traffic] = {}
-    for computation, instruction, times in executed(module):
-        for where, one in _collectives_in(module, computation, instruction):
-            if _continues(where, module.computations[where]):
-                continue
-            kind = one.opcode.removesuffix("-start")
-            if where.startswith("all-reduce-scatter"):  # how a TPU fuses a reduce-scatter
-                kind = "reduce-scatter"
-            group = _group_size(one.attributes)
-            given = sum(size(module.computations[where][name].shape) for name in one.operands)
-            payload = given * group if kind == "all-gather" else given
-            share = {"collective-permute": 1.0, "all-reduce": 2 * (group - 1) / group}
-            traffic = found.setdefault(kind, Traffic())
-            traffic.count += times
-            traffic.payload += times * payload
-            traffic.wire += times * payload * share.get(kind, (group - 1) / group)
-    return found
-
-
-def _collectives_in(
-    module: Module, computation: str, instruction: Instruction
-) -> Iterator[tuple[str, Instruction]]:
-    if instruction.opcode.removesuffix("-start") in KINDS:
-        yield computation, instruction
-    for name in ("calls", "called_computation"):
-        if inner := called(instruction, name):
-            for one in module.computations[inner].values():
-                yield from _collectives_in(module, inner, one)
-
-
-def _continues(name: str, computation: Computation) -> bool:
-    """Whether a fused computation only goes on with a collective that an earlier one started."""
-    return name.startswith("async_collective_fusion") or any(
-        '"AsyncCollectiveDone"' in one.attributes for one in computation.values()
-    )
-
-
-def _group_size(attributes: str) -> int:
-    """Devices in a group: {{0,1},{2,3}}, [groups,size]<=[...], or mesh['x'=8,'y'=2] {'x'}."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([\w.]+)'", named[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(iota[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return listed[1].count(",") + 1
-    return 1
-
-
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
 FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "async-update"}
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -234,6 +168,8 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
     inner = module.computations.get(called(instruction, "calls"))
     if instruction.opcode in ("fusion", "async-start") and inner:
         return _read(inner) + _written(inner)
+    if instruction.opcode == "send":  # to the host; what its result holds is the same buffer
+        return size(operands[0].shape, memory=True)
     if instruction.opcode.endswith("-start"):  # (source, destination, ...): copied once
         arrays = ARRAY.findall(instruction.shape)[:2]
         return sum(size(f"{kind}[{dims}]{layout}", memory=True) for kind, dims, layout in arrays)
@@ -290,8 +226,3 @@ def _written(fused: Computation) -> float:
         else:
             total += size(where, memory=True)
     return total
-
-
-def totals(found: Mapping[str, Traffic]) -> tuple[int, float]:
-    """(collectives that run in a step, bytes that a device takes in)."""
-    return sum(t.count for t in found.values()), sum(t.wire for t in found.values())

@@ -8,8 +8,7 @@ Axis letters: T position, D model, F mlp, L layer, N heads.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +53,10 @@ class Job:
     tokens_per_pair: int
 
     @property
+    def name(self) -> str:
+        return f"{self.num_slices} x {self.where.name}" if self.num_slices > 1 else self.where.name
+
+    @property
     def settings(self) -> Any:
         return self.config.sft if self.phase == "sft" else self.config.rank
 
@@ -92,7 +95,7 @@ class Job:
 
     def bounds(self, found: Compiled) -> Bounds:
         """Of an optimizer step that was compiled."""
-        return bounds(found.flops, found.moved, found.wire, self.where, self.num_slices)
+        return bounds(found.flops, found.moved, found.ici, self.where, self.num_slices, found.dcn)
 
     def model_flops(self, candidate: Candidate) -> float:
         frozen = self.settings.optimizer.freeze_embeddings
@@ -147,10 +150,9 @@ def predicted_memory(job: Job, candidate: Candidate) -> float:
 
 
 def predicted_seconds(job: Job, candidate: Candidate) -> float:
-    """Of an optimizer step at full speed, the network's part beside it: for ranking only."""
-    model, accumulation = job.config.model, candidate.accumulation
+    """Of an optimizer step at full speed, without the memory's part and the networks' beside it."""
+    model, tokens = job.config.model, job.tokens(candidate)
     layers, head = matmul_parameters(model)
-    tokens = job.tokens(candidate)
     attention = 2.0 * model.num_hidden_layers * job.settings.seq_len * model.hidden_size
     again = {
         "full": 2.0 * layers * 0.78 + attention,  # all but down_proj's product
@@ -161,18 +163,36 @@ def predicted_seconds(job: Job, candidate: Candidate) -> float:
     if not job.settings.optimizer.freeze_embeddings:
         again += 2.0 * head  # the logits
     flops = job.model_flops(candidate) + tokens * again
-    data, fsdp, parts = candidate.mesh
-    share = (fsdp - 1) / fsdp
-    # Weights are gathered in bfloat16 forward and backward, gradients are reduced in float32.
-    wire = accumulation * share * (4.0 * (layers + head) + 4.0 * layers) / parts
-    if parts > 1:  # a layer's input and output, twice forward, again, and backward
-        rows = tokens / candidate.shards
-        wire += rows * model.hidden_size * 2.0 * 12 * model.num_hidden_layers * (parts - 1) / parts
-    if data > 1:
-        wire += 8.0 * layers / (fsdp * parts)
-    bound = bounds(flops, 0.0, wire, job.where, job.num_slices)
+    ici, dcn = predicted_traffic(job, candidate)
+    bound = bounds(flops, 0.0, ici, job.where, job.num_slices, dcn)
     # On a tie the plain mesh: what `model` costs beside bytes is not in here.
-    return (bound.compute + bound.network) * (1.05 if parts > 1 else 1.0)
+    return bound.exposed * (1.05 if candidate.mesh[2] > 1 else 1.0)
+
+
+def predicted_traffic(job: Job, candidate: Candidate) -> tuple[float, float]:
+    """Bytes into a chip in an optimizer step: over its slice's links, and from other slices."""
+    model, cores = job.config.model, job.where.chip.devices
+    layers, head = matmul_parameters(model)
+    data, fsdp, parts = candidate.mesh
+    # Weights are gathered in bfloat16 forward and backward, gradients are reduced in float32, of
+    # every micro-batch.
+    weights = candidate.accumulation * (4.0 * (layers + head) + 4.0 * layers) / parts
+    ici = weights * _into_chip(fsdp, cores // parts, cores)
+    if parts > 1:  # a layer's input and output, twice forward, again, and backward
+        inputs = job.tokens(candidate) / candidate.shards * model.hidden_size * 2.0
+        ici += inputs * 12 * model.num_hidden_layers * _into_chip(parts, cores, cores)
+    gradients = candidate.accumulation * 8.0 * layers / (fsdp * parts)
+    ici += gradients * _into_chip(data // job.num_slices, 1, cores)
+    return ici, gradients * cores * (job.num_slices - 1) / job.num_slices
+
+
+def _into_chip(group: int, here: int, cores: int) -> float:
+    """Of what each group of devices gathers, all that a chip takes in: `here` of a group are on it.
+
+    `model`, the last axis of the mesh, lies over a chip's devices first.
+    """
+    here = min(max(here, 1), group)
+    return cores / here * (group - here) / group
 
 
 class Search:
@@ -186,7 +206,7 @@ class Search:
             candidates(job), key=lambda one: (predicted_seconds(job, one), one.accumulation)
         )
         if not self._all:
-            sizes = f"{job.num_devices} devices of {job.where.name}"
+            sizes = f"{job.num_devices} devices of {job.name}"
             raise ConfigError(
                 f"{job.phase}.batch_size = {job.settings.batch_size} does not divide over the "
                 f"{sizes}, with mesh.model up to 8; make it a multiple, or take a smaller slice"
@@ -209,16 +229,9 @@ class Search:
         if len(like) >= 2:
             (x0, y0), *_, (x1, y1) = sorted(like.items())
             return y0 + (y1 - y0) * (candidate.rows - x0) / (x1 - x0)
-        if not self.found:
+        near = self._nearest(candidate, self.found)
+        if near is None:
             return predicted
-        near = min(
-            self.found,
-            key=lambda one: (
-                one.remat != candidate.remat,
-                one.mesh != candidate.mesh,
-                abs(one.rows - candidate.rows),
-            ),
-        )
         return predicted * self.found[near].peak / predicted_memory(self.job, near)
 
     def run(self, most: int) -> Candidate | None:
@@ -227,26 +240,42 @@ class Search:
         for _ in range(most):
             limit = next((said.limit for said in self.found.values()), limit)
             fitting = [one for one in self._all if self.memory(one) <= self._room(one, limit)]
-            best = fitting[0] if fitting else min(self._all, key=self.memory)
+            best = min(fitting, key=self.seconds) if fitting else min(self._all, key=self.memory)
             if best in self.found:
                 break
             self.found[best] = self._compile(self.job, best)
         kept = [one for one, said in self.found.items() if said.fits]
-        return min(kept, key=lambda one: self.job.bounds(self.found[one]).exposed, default=None)
+        return min(kept, key=self.seconds, default=None)
 
     def _room(self, candidate: Candidate, limit: float) -> float:
         return limit if candidate in self.found else MARGIN * limit
+
+    def seconds(self, candidate: Candidate) -> float:
+        """Of a step, its networks hidden behind nothing: as compiled, or predicted and corrected.
+
+        The correction is by what was off where a step like it was compiled and fits: the prediction
+        knows nothing of the memory's part.
+        """
+        if candidate in self.found:
+            return self.job.bounds(self.found[candidate]).exposed
+        predicted = predicted_seconds(self.job, candidate)
+        if near := self._nearest(candidate, [one for one, said in self.found.items() if said.fits]):
+            predicted *= self.seconds(near) / predicted_seconds(self.job, near)
+        return predicted
+
+    @staticmethod
+    def _nearest(candidate: Candidate, among: Iterable[Candidate]) -> Candidate | None:
+        def distance(one: Candidate) -> tuple[bool, bool, int]:
+            other = one.remat != candidate.remat, one.mesh != candidate.mesh
+            return *other, abs(one.rows - candidate.rows)
+
+        return min(among, key=distance, default=None)
 
     def ranking(self, most: int = 5) -> list[Candidate]:
         """What should fit, fastest first: of each mesh and policy the best micro-batch."""
         limit = next(iter(self.found.values())).limit
         rows: dict[Any, Candidate] = {}
-        for one in self._all:
+        for one in sorted(self._all, key=lambda one: (self.seconds(one), one.accumulation)):
             if self.memory(one) <= self._room(one, limit):
                 rows.setdefault((one.mesh, one.remat), one)
         return list(rows.values())[:most]
-
-
-def least_bytes_over(found: dict[Candidate, Compiled]) -> float:
-    """By how much the smallest that was compiled misses the limit."""
-    return min((said.peak - said.limit for said in found.values()), default=math.nan)

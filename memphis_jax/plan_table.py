@@ -14,6 +14,7 @@ SPEED: tuple[str, ...] = (
     *("slice", "phase", "model PFLOP", "computed", "collectives", "received", "compute s"),
     *("HBM s", "network s", "bound by", "tokens/s <=", "MFU <=", "network exposed"),
 )
+SPEED_BETWEEN: tuple[str, ...] = (*SPEED[:9], "DCN s", *SPEED[9:])  # of several slices
 TIME: tuple[str, ...] = (
     "slice",
     "chips",
@@ -48,7 +49,7 @@ def render(
         speed.append(_speed_row(job, chosen, found))
         traffic += [
             [
-                job.where.name,
+                job.name,
                 job.phase,
                 kind,
                 f"{one['count']:,.0f}",
@@ -62,7 +63,8 @@ def render(
         ("Memory of a device, GB (GiB), as the compiler accounts for it", MEMORY, memory)
     ]
     if speed:
-        parts.append(("An optimizer step at best, by the chip's published figures", SPEED, speed))
+        head = SPEED if searches[0].job.num_slices == 1 else SPEED_BETWEEN
+        parts.append(("An optimizer step at best, by the chip's published figures", head, speed))
         names = ("slice", "phase", "collective", "times", "payload GB", "received GB")
         parts.append(("Collectives of a step, on each device", names, traffic))
     if others:
@@ -86,7 +88,7 @@ def _refusal(search: Search) -> str:
         else "take a larger slice"
     )
     return (
-        f"NO: {job.where.name} cannot hold {job.phase}: the smallest way tried ({smallest}) needs "
+        f"NO: {job.name} cannot hold {job.phase}: the smallest way tried ({smallest}) needs "
         f"{said.peak / GIB:.2f} GB on a device, {(said.peak - said.limit) / GIB:.2f} GB more than "
         f"the {said.limit / GIB:.2f} GB that the compiler may use; {fix}"
     )
@@ -95,7 +97,7 @@ def _refusal(search: Search) -> str:
 def _memory_row(job: Job, candidate: Candidate, found: Compiled) -> list[str]:
     sizes = [found.parameters, found.optimizer, found.gradients, found.activations]
     return [
-        job.where.name,
+        job.name,
         job.phase,
         " x ".join(map(str, candidate.mesh)),
         f"{candidate.accumulation} x {candidate.rows}",
@@ -111,13 +113,13 @@ def _speed_row(job: Job, candidate: Candidate, found: Compiled) -> list[str]:
     tokens = job.tokens(candidate)
     count = sum(one["count"] for one in found.collectives.values())
     return [
-        job.where.name,
+        job.name,
         job.phase,
         f"{needed / 1e15:.2f}",
         f"{found.flops / needed:.2f}x",
         f"{count:,.0f}",
         f"{found.wire / 1e9:.1f} GB",
-        *(f"{seconds:.3f}" for seconds in bound),
+        *(f"{seconds:.3f}" for seconds in (bound if job.num_slices > 1 else bound[:3])),
         bound.name,
         f"{tokens / bound.seconds:,.0f}",
         f"{needed / bound.seconds / peak:.0%}",
@@ -126,17 +128,14 @@ def _speed_row(job: Job, candidate: Candidate, found: Compiled) -> list[str]:
 
 
 def _other_row(search: Search, candidate: Candidate) -> list[str]:
-    from memphis_jax.plan_search import predicted_seconds
-
     job, said = search.job, search.found.get(candidate)
     about = "" if said else "~"
-    seconds = job.bounds(said).exposed if said else predicted_seconds(job, candidate)
     return [
-        job.where.name,
+        job.name,
         job.phase,
         str(candidate),
         f"{about}{search.memory(candidate) / GIB:.1f}",
-        f"{about}{seconds:.2f}",
+        f"{about}{search.seconds(candidate):.2f}",
         "yes" if said else "predicted",
     ]
 
@@ -153,7 +152,7 @@ def _times(
     by_slice: dict[str, dict[str, tuple[Job, Candidate, Compiled]]] = {}
     for search, chosen in zip(searches, best, strict=True):
         if chosen is not None:
-            phases = by_slice.setdefault(search.job.where.name, {})
+            phases = by_slice.setdefault(search.job.name, {})
             phases[search.job.phase] = (search.job, chosen, search.found[chosen])
     rows = []
     for name, phases in by_slice.items():

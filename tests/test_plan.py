@@ -17,7 +17,16 @@ from memphis_jax import plan, plan_table
 from memphis_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from memphis_jax.plan_chips import parse_slice
 from memphis_jax.plan_compile import GIB, Compiled, Request, compile_step
-from memphis_jax.plan_search import Candidate, Job, Search, candidates, predicted_memory
+from memphis_jax.plan_cost import matmul_parameters
+from memphis_jax.plan_search import (
+    Candidate,
+    Job,
+    Search,
+    candidates,
+    predicted_memory,
+    predicted_seconds,
+    predicted_traffic,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 CARD = str(REPO / "configs" / "memphis_cot.py")
@@ -38,7 +47,9 @@ def told(job: Job, candidate: Candidate, peak: float, limit: float = LIMIT) -> C
         limit=limit,
         flops=job.model_flops(candidate),
         moved=1e9,
-        collectives={"all-gather": {"count": 3, "payload": 2e9, "wire": 1e9}},
+        collectives={
+            "all-gather": {"count": 3, "payload": 2e9, "wire": 1e9, "ici": 1e9, "dcn": 0.0}
+        },
     )
 
 
@@ -86,6 +97,82 @@ def test_two_compiled_make_a_line() -> None:
     search = Search(job, lambda job, c: told(job, c, 1.0))
     search.found = {one: told(job, one, 3 * GIB), two: told(job, two, 4.5 * GIB)}
     assert search.memory(eight) == 3 * GIB + 7 * 1.5 * GIB
+
+
+def printed(search: Search, best: Candidate, title: str) -> list[list[str]]:
+    """Rows of the table under `title`, its head first."""
+    text = plan_table.render(
+        [search], [best], work=plan.Work(10, 10, "given"), mfu=0.4, price=None, markdown=True
+    )
+    lines = text.partition(title)[2].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "---" not in line]
+
+
+def test_what_else_fits_is_listed_by_the_seconds_it_shows() -> None:
+    """One compiled takes 1.2 times what was predicted, another 1.5 times."""
+    job = card_job(name="v5e:8x8")
+    slow, best = (job.candidate(MeshConfig(), 1, remat) for remat in ("attention", "dots"))
+    search = Search(job, told)
+    for one, factor in ((slow, 1.5), (best, 1.2)):
+        moved = factor * predicted_seconds(job, one) * job.where.chip.hbm_bandwidth
+        search.found[one] = dataclasses.replace(
+            told(job, one, 3 * GIB), moved=moved, collectives={}
+        )
+    rows = printed(search, best, "What else fits, fastest first")[1:]
+    shown = [float(row[4].strip("~")) for row in rows]
+    assert len(rows) == 4 and shown == sorted(shown)
+    # Predictions are moved by what was off where the same policy was compiled: comparable rows.
+    for row, one in zip(rows, [one for one in search.ranking() if one != best], strict=True):
+        off = 1.2 if one.remat == "dots" else 1.5
+        if one.remat in ("dots", "attention"):
+            assert float(row[4].strip("~")) == pytest.approx(
+                off * predicted_seconds(job, one), abs=0.005
+            )
+    assert search.seconds(best) == search.job.bounds(search.found[best]).seconds
+    assert min(shown) > search.seconds(best)
+
+
+def test_two_slices_bound_the_network_between_them() -> None:
+    """25 Gbit/s a v5e chip (6.4 Tbit/s a pod of 256): 6.25 GB from the other slice take 2 s."""
+    job = card_job(slices=2)
+    chosen = job.candidate(MeshConfig(data=2), 1, "full")
+    across = {"count": 1, "payload": 6.25e9, "wire": 6.25e9, "ici": 0.0, "dcn": 6.25e9}
+    said = told(job, chosen, 3 * GIB)
+    said = dataclasses.replace(
+        said, collectives=said.collectives | {"all-reduce between slices": across}
+    )
+    search = Search(job, told)
+    search.found[chosen] = said
+    assert job.bounds(said) == pytest.approx((said.flops / (32 * 197e12), 1e9 / 819e9, 0.01, 2.0))
+    assert job.bounds(said).name == "DCN"
+    head, row = printed(search, chosen, "An optimizer step at best")
+    assert (row[0], row[head.index("network s")], row[head.index("DCN s")]) == (
+        "2 x v5e:4x4", "0.010", "2.000",
+    )  # fmt: skip
+    traffic = printed(search, chosen, "Collectives of a step")
+    assert traffic[2][2:] == ["all-reduce between slices", "1", "6.25", "6.25"]
+    one_slice = card_job()
+    alone = Search(one_slice, told)
+    best = one_slice.candidate(MeshConfig(), 1, "full")
+    alone.found[best] = told(one_slice, best, 3 * GIB)
+    assert "DCN s" not in printed(alone, best, "An optimizer step at best")[0]
+
+
+def test_predicted_traffic_of_several_slices_and_of_two_devices_a_chip() -> None:
+    """By hand, for P parameters of the layers: gradients cross slices in every micro-batch.
+
+    On tpu7x both devices of a chip take in 7 of 8 parts of the weights together; where `model` lies
+    over them, each takes in 3 of 4 parts of its own half: the same.
+    """
+    layers, head = matmul_parameters(ModelConfig())
+    two = card_job(slices=2)
+    ici, dcn = predicted_traffic(two, two.candidate(MeshConfig(data=2), 4, "full"))
+    assert ici == pytest.approx(4 * (8 * layers + 4 * head) * 15 / 16)
+    assert dcn == pytest.approx(4 * 8 * layers / 16 / 2)
+    chip = card_job(name="tpu7x:2x2x2")
+    whole = predicted_traffic(chip, chip.candidate(MeshConfig(), 1, "full"))
+    halves = predicted_traffic(chip, chip.candidate(MeshConfig(model=2), 1, "full"))
+    assert whole == halves == (pytest.approx((8 * layers + 4 * head) * 7 / 8), 0.0)
 
 
 def test_a_slice_that_cannot_hold_it_gets_a_no_by_how_much() -> None:
@@ -171,7 +258,10 @@ def test_recipe_sizes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_wrong_inputs_are_one_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Named with value and fix, before anything is compiled."""
     from memphis_jax.__main__ import main
@@ -182,8 +272,9 @@ def test_wrong_inputs_are_one_line(
     monkeypatch.setattr(subprocess, "run", never)
     with pytest.raises(SystemExit) as caught:
         main(["plan", f"--config={CARD}", "--as-configured", *arguments])
-    assert isinstance(caught.value.code, str)  # what Python prints; exit code 1
-    (line,) = caught.value.code.splitlines()
+    code = caught.value.code  # a text is what Python prints, with exit code 1
+    (line,) = (code if isinstance(code, str) else capsys.readouterr().err).splitlines()
+    assert code
     assert message in line
 
 
@@ -201,10 +292,10 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_chips.slice_devices(parse_slice("v5e:4x4"))
 
 
-def small_config() -> RunConfig:
+def small_config(batch_size: int = 4) -> RunConfig:
     """Two layers, head_dim 80, rows of 256."""
     config = configs.load(CARD)
-    phase = {"batch_size": 4, "accumulation": 1, "seq_len": 256}
+    phase = {"batch_size": batch_size, "accumulation": 1, "seq_len": 256}
     return dataclasses.replace(
         config,
         model=ModelConfig(
@@ -242,6 +333,28 @@ def test_the_real_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     again = compile_step(config, Request("rank", "v5e:2x2", 1, rows=4, groups=4))
     assert again == said  # its seconds too: the first one's
     assert len(list((tmp_path / "memphis_jax" / "plan").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "slices"), [("tpu7x:2x2x1", 1), ("v5e:2x2", 2)])
+def test_the_real_compiler_on_networks(
+    name: str, slices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that the SparseCore gathers, gradients that go to another slice: both are seen."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    job = Job(small_config(8), "sft", parse_slice(name), slices, 512)
+    said = compile_step(*job.request(job.candidate(MeshConfig(data=slices), 1, "full")))
+    layers = 2 * (4 * 160**2 + 3 * 160 * 256)
+    shards = job.where.num_devices
+    assert said.collectives["all-gather"]["payload"] > 2 * 2 * layers
+    # A chip takes in what its devices' groups lack, once; their own parts it has.
+    on_chip = job.where.chip.devices
+    assert said.ici > (2 * 2 + 4) * layers * (shards - on_chip) / shards
+    if slices == 1:
+        assert said.dcn == 0
+    else:  # float32 gradients of the parameters that are trained, of each device
+        assert said.dcn == pytest.approx(said.gradients, rel=0.35)
+        assert said.dcn == said.collectives["all-reduce between slices"]["wire"]
 
 
 @pytest.mark.slow

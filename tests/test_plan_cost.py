@@ -135,11 +135,19 @@ def test_bounds_by_hand() -> None:
     """16 v5e chips, 4 x 4 without a ring: a corner has two links of 50 GB/s."""
     where = parse_slice("v5e:4x4")
     assert (where.num_chips, where.num_devices, where.ici) == (16, 16, 100e9)
-    bound = bounds(flops=16 * 197e12 * 2, moved=819e9, wire=50e9, where=where)
-    assert bound == pytest.approx((2.0, 1.0, 0.5))
+    bound = bounds(flops=16 * 197e12 * 2, moved=819e9, ici=50e9, where=where)
+    assert bound == pytest.approx((2.0, 1.0, 0.5, 0.0))
     assert (bound.seconds, bound.exposed) == pytest.approx((2.0, 2.5))
     assert bound.name == "compute"
     assert bounds(1.0, 1.0, 1.0, parse_slice("v5e:1x1")).network == 0.0
+
+
+def test_bounds_of_two_devices_a_chip_and_of_two_slices() -> None:
+    """tpu7x: both devices of a chip share its FLOP/s, memory and links; 12.5 GB/s cross slices."""
+    where = parse_slice("tpu7x:2x2x1")
+    bound = bounds(2 * 4 * 2307e12, 7380e9 / 2, 200e9, where, num_slices=2, dcn=50e9)
+    assert bound == pytest.approx((1.0, 1.0, 1.0, 4.0))
+    assert (bound.seconds, bound.exposed, bound.name) == pytest.approx((4.0, 6.0, "DCN"))
 
 
 @pytest.mark.parametrize(
@@ -180,9 +188,11 @@ def test_unknown_slices_are_refused(name: str, message: str) -> None:
 
 def test_published_figures_are_cited() -> None:
     """Each chip names its page; what a page gives for all links agrees with the link here."""
+    between = {"v4": 200 / 4, "v5e": 6400 / 256, "v5p": 50, "v6e": 25600 / 256, "tpu7x": 100}
     both_ways = {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9, "tpu7x": 1200e9}
     for name, chip in CHIPS.items():
         assert chip.source == f"https://docs.cloud.google.com/tpu/docs/{name}"
         if name in both_ways:
             assert chip.link * 2 * 2 * chip.dims == both_ways[name]
+        assert chip.dcn * 8 / 1e9 == between[name]
     assert dataclasses.is_dataclass(Slice)

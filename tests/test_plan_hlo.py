@@ -4,6 +4,7 @@
 import pytest
 
 from memphis_jax import plan_hlo
+from memphis_jax.plan_traffic import collectives
 
 # A loop of 4 around: a gather of 4 x [8, 128] f32 along groups of 4, written as a chain of
 # asynchronous fusions; a fused reduce-scatter over 8; a permute; and after it an all-reduce over 2.
@@ -97,7 +98,7 @@ ENTRY %main (x.1: f32[4,8,128], g.1: bf16[64,128]) -> f32[8,128] {
 
 
 def test_collectives_run_as_often_as_their_loop() -> None:
-    found = plan_hlo.collectives(plan_hlo.parse(MODULE))
+    found = collectives(plan_hlo.parse(MODULE))
     assert {kind: one.count for kind, one in found.items()} == {
         "all-gather": 4,
         "reduce-scatter": 4,
@@ -134,16 +135,16 @@ ENTRY %main (x.9: f32[4,8,128], g.9: bf16[64,128]) -> f32[8,128] {
   ROOT %c = f32[8,128]{1,0} call(%x.9, %g.9), to_apply=%inner
 }
 """
-    found = plan_hlo.collectives(plan_hlo.parse(inner + outer))
+    found = collectives(plan_hlo.parse(inner + outer))
     assert found["all-gather"].count == 4
     twice = MODULE.replace("constant(4)", "constant(12)")
-    assert plan_hlo.collectives(plan_hlo.parse(twice))["all-gather"].count == 12
+    assert collectives(plan_hlo.parse(twice))["all-gather"].count == 12
 
 
 def test_a_loop_without_a_constant_bound_is_an_error() -> None:
     unknown = MODULE.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="while loop: no constant bound"):
-        plan_hlo.collectives(plan_hlo.parse(unknown))
+        collectives(plan_hlo.parse(unknown))
 
 
 @pytest.mark.parametrize(
@@ -158,17 +159,3 @@ def test_a_loop_without_a_constant_bound_is_an_error() -> None:
 def test_bytes_of_a_shape(shape: str, all_bytes: int, in_memory: int) -> None:
     assert plan_hlo.size(shape) == all_bytes
     assert plan_hlo.size(shape, memory=True) == in_memory
-
-
-@pytest.mark.parametrize(
-    ("groups", "size"),
-    [
-        ("replica_groups={{0,1,2},{3,4,5}}", 3),
-        ("replica_groups=[4,8]<=[32]", 8),
-        ("replica_groups=[2,16]<=[8,2,2]T(1,0,2)", 16),
-        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", 8),
-        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}", 16),
-    ],
-)
-def test_size_of_a_group(groups: str, size: int) -> None:
-    assert plan_hlo._group_size(f"channel_id=1, {groups}, dimensions={{0}}") == size
