@@ -325,3 +325,10 @@ def test_gsm8k_shares_nothing_with_bbh_and_agieval(shared: Path) -> None:
     assert set(guard(training, evaluation)) == {""}
     leaked = guard([*training, f"Hard: {evaluation[-1]}"], evaluation)
     assert sum(map(bool, leaked)) == 1
+
+
+def test_a_file_nested_beyond_reason_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"^{path}, line 1: JSON nested too deeply"):
+        read_evaluation([str(path)])

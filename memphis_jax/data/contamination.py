@@ -148,8 +148,8 @@ def _read(source: str) -> list[dict[str, Any]]:
 def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
         document = json.loads(path.read_bytes())
-    except ValueError:
-        return read_jsonl(path)
+    except (ValueError, RecursionError):
+        return read_jsonl(path)  # which names the line
     rows = document.get("examples", [document]) if isinstance(document, dict) else document
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected rows, each a JSON object")

@@ -28,6 +28,13 @@ Row = Mapping[str, Any]
 Item = TypeVar("Item")
 
 MANIFEST = "manifest.json"
+IN_MANIFEST = ("inputs", "data_sets", "totals", "packing", "sft_sha256", "files")
+
+SFT_DATA = (
+    "phase sft reads a folder that `memphis data --config FILE --out DIR` made, or a file of rows "
+    "{prompt, rationale, target} or {messages}"
+)
+PAIRS_DATA = "phase rank reads pairs.jsonl as `memphis pairs` writes it"
 
 
 def encode_row(tokenizer: Tokenizer, row: Row, eos_id: int) -> Example:
@@ -36,7 +43,10 @@ def encode_row(tokenizer: Tokenizer, row: Row, eos_id: int) -> Example:
     Raises ValueError for what the template cannot hold, KeyError for a missing field.
     """
     if "messages" in row:
-        return encode_chat(tokenizer, row["messages"], eos_id)
+        turns = row["messages"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError("messages is not a list of {role, content}: drop the row")
+        return encode_chat(tokenizer, turns, eos_id)
     completion = cot_completion(row["rationale"], row["target"])
     return encode_cot(tokenizer, row["prompt"], completion, eos_id)
 
@@ -60,18 +70,30 @@ def _too_long(members: Iterable[Example], seq_len: int) -> str:
 def read_cot_examples(
     path: str | Path, tokenizer: Tokenizer, eos_id: int, seq_len: int
 ) -> tuple[list[Example], Counter[str]]:
-    """Rows {prompt, rationale, target} -> (examples, why rows were dropped: reason -> count)."""
+    """Rows {prompt, rationale, target} -> (examples, why rows were dropped: reason -> count).
+
+    Raises FileNotFoundError without the file; ValueError, naming it, where it has no rows, where a
+    row lacks a field, and where no row can be trained on.
+    """
 
     def encode(row: Row) -> Example | str:
         return encode_or_reason(tokenizer, row, eos_id, seq_len)
 
-    return _keep(read_jsonl(path), encode)
+    examples, dropped = _keep(path, encode, SFT_DATA)
+    if not examples:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise ValueError(f"{path}: none of its rows can be trained on: {reasons}")
+    return examples, dropped
 
 
 def read_groups(
     path: str | Path, tokenizer: Tokenizer, eos_id: int, seq_len: int
 ) -> tuple[list[Group], Counter[str]]:
-    """Rows {prompt, chosen, rejected, gold} of pairs.jsonl -> (groups, why rows were dropped)."""
+    """Rows {prompt, chosen, rejected, gold} of pairs.jsonl -> (groups, why rows were dropped).
+
+    Raises FileNotFoundError without the file; ValueError, naming it, where it has no rows, and
+    where a row lacks a field.
+    """
 
     def encode(row: Row) -> Group | str:
         try:
@@ -84,19 +106,27 @@ def read_groups(
         group = Group(candidates=(chosen, rejected), ranks=(0, 1), gold=gold)
         return _too_long([chosen, rejected, gold], seq_len) or group
 
-    return _keep(read_jsonl(path), encode)
+    return _keep(path, encode, PAIRS_DATA)
 
 
 def _keep(
-    rows: Iterable[Row], encode: Callable[[Row], Item | str]
+    path: str | Path, encode: Callable[[Row], Item | str], made_by: str
 ) -> tuple[list[Item], Counter[str]]:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file; {made_by}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file is needed; {made_by}")
     kept: list[Item] = []
     dropped: Counter[str] = Counter()
-    for row in rows:
+    rows = read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path} is empty: there is nothing to train on; {made_by}")
+    for number, row in enumerate(rows, start=1):
         try:
             item = encode(row)
         except KeyError as missing:
-            raise ValueError(f"row {row.get('id', '')!r} has no field {missing}: {row}") from None
+            told = f"no field {missing}, found {', '.join(row) or 'none'}"
+            raise ValueError(f"{path}, line {number}: {told}; {made_by}") from None
         if isinstance(item, str):
             dropped[item] += 1
         else:
@@ -107,15 +137,12 @@ def _keep(
 class ArrowExamples(Sequence[Example]):
     """The examples of Arrow files, one after another, memory-mapped.
 
-    `lengths` [n] int64 holds the tokens of each, known without touching the tokens.
+    `lengths` [n] int64 holds the tokens of each, known without touching the tokens. Raises
+    ValueError, naming it, for a file that is damaged or not there.
     """
 
     def __init__(self, paths: Sequence[Path]):
-        self._batches = [
-            batch
-            for path in paths
-            for batch in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_batches()
-        ]
+        self._batches = [batch for path in paths for batch in _open_shard(path)]
         self._offsets = [np.asarray(batch["tokens"].offsets, np.int64) for batch in self._batches]
         self._tokens = [np.asarray(batch["tokens"].values) for batch in self._batches]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -142,12 +169,32 @@ class ArrowExamples(Sequence[Example]):
         return batch, int(index - self._ends[batch] + self._batches[batch].num_rows)
 
 
+def _open_shard(path: Path) -> list[pa.RecordBatch]:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_batches()
+    except (OSError, pa.ArrowException) as error:
+        told = f"{path} cannot be read ({' '.join(str(error).split())[:200]})"
+        raise ValueError(f"{told}: build its folder again with `memphis data`") from error
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a built folder. Raises ValueError for a folder without one."""
+    """manifest.json of a built folder. Raises ValueError for a folder without a whole one."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: build it with `memphis data --out {folder}`")
-    return json.loads(path.read_text("utf-8"))
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: build it with `memphis data --config FILE --out {folder}`"
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete {folder}, build it again") from None
+    found = manifest if isinstance(manifest, dict) else {}
+    if missing := [name for name in IN_MANIFEST if name not in found]:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}, so `memphis data` did not write it: delete "
+            f"{folder}, build it again"
+        )
+    return found
 
 
 def open_built(folder: Path) -> tuple[ArrowExamples, dict[str, Any]]:
@@ -167,7 +214,7 @@ def check_built(folder: Path, tokenizer: Path, seq_len: int) -> None:
     other examples would have been dropped.
     """
     manifest = read_manifest(folder)
-    if sha256_folder(folder / "sft") != manifest["sft_sha256"]:
+    if not (folder / "sft").is_dir() or sha256_folder(folder / "sft") != manifest["sft_sha256"]:
         raise ValueError(f"{folder}/sft differs from {MANIFEST}: delete {folder}, build it again")
     inputs = manifest["inputs"]
     tokens = (sha256_file(tokenizer / "tokenizer.json"), load_tokenizer(tokenizer)[1])

@@ -236,6 +236,9 @@ def read_rows(data: configs.DataConfig) -> tuple[dict[str, list[Item]], Counter[
     splits: dict[str, list[Item]] = {}
     for split in SPLITS:
         path, rows = getattr(data, split), []
+        if not Path(path).is_file():
+            what = "is a folder, not a file" if Path(path).is_dir() else "is not there"
+            raise FileNotFoundError(f"data.{split} = {path!r} {what}: give a JSON Lines file")
         for number, row in enumerate(read_jsonl(path), start=1):
             where = f"{path}, line {number}"
             try:
@@ -249,8 +252,8 @@ def read_rows(data: configs.DataConfig) -> tuple[dict[str, list[Item]], Counter[
             if empty and split != "train":  # the rounds ask and grade every one
                 raise ValueError(f"{where}: empty {empty[0]}; fill it in or remove the row")
             rows.append({"id": f"{split}-{number:06d}", **item})
-        if not rows and split != "train":
-            raise ValueError(f"{path} has no rows: data.{split} needs one question or more")
+        if not rows and not (split == "train" and dropped):
+            raise ValueError(f"{path} has no rows: data.{split} needs one or more")
         splits[split] = rows
         trained = set().union(*map(_asked, splits["train"])) if split != "train" else set()
         if leaked := [row["prompt"] for row in rows if _asked(row) & trained]:

@@ -63,9 +63,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def encode_cot(tokenizer: Tokenizer, prompt: str, completion_text: str, eos_id: int) -> Example:
     """One question and its completion (from `cot_completion`); loss on completion and EOS.
 
-    Raises ValueError if the prompt or the completion is empty, or if a text contains EOS.
+    Raises ValueError if the prompt or the completion is empty or no text, or if one contains EOS.
     """
-    if not completion_text.strip():
+    if not _text("completion", completion_text).strip():
         raise ValueError("the completion is empty: drop the row")
     return _example([(encode_prompt(tokenizer, prompt), _ids(tokenizer, completion_text))], eos_id)
 
@@ -151,11 +151,19 @@ def _eos_text(folder: Path) -> str:
 
 def _filled(name: str, text: str) -> str:
     """The neutralised text; ValueError where nothing is left, or where it is no text."""
-    if not isinstance(text, str):
-        raise ValueError(f"the {name} is not text: drop the row")
-    text = neutralise(text)
+    text = neutralise(_text(name, text))
     if not text:
         raise ValueError(f"the {name} is empty: drop the row")
+    return text
+
+
+def _text(name: str, text: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} is not text: drop the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no tokenizer takes
+        raise ValueError(f"the {name} is not valid Unicode: drop the row") from None
     return text
 
 
