@@ -1,5 +1,7 @@
 """`memphis parity`: its logprobs against an independent computation, and what it refuses."""
 
+import contextlib
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -84,12 +86,13 @@ class World:
         return json.loads((self.folder / "parity.json").read_text())
 
     def refused(self, *args: Any, **options: Any) -> str:
-        with pytest.raises(SystemExit) as caught:
+        stderr = io.StringIO()
+        with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(stderr):
             self.run(*args, **options)
-        told = caught.value.code
-        assert isinstance(told, str) and told.startswith("memphis parity: ")  # exit code 1
-        assert len(told.splitlines()) == 1
-        return told
+        told = stderr.getvalue().strip().splitlines()
+        ours = [line for line in told if line.startswith("memphis parity: ")]
+        assert caught.value.code == 1 and ours == told[-1:]
+        return ours[0]
 
 
 @pytest.fixture(scope="module")
@@ -263,4 +266,26 @@ def test_what_cannot_be_compared_is_refused(world: World) -> None:
     assert "no question has the id 'elsewhere'" in world.refused(changed(rows, 3, id="elsewhere"))
     told = world.refused(changed(rows, 3, logprobs=[-1.0]))
     assert f"'q3', sample 3, has {len(world.tokens[3])} token_ids and 1 logprobs" in told
+    assert "'q3', sample 3, has 0 token_ids" in world.refused(changed(rows, 3, token_ids=None))
+    assert "0 logprobs" in world.refused(changed(rows, 3, logprobs=["-1.0"] * len(rows[3])))
+    assert "'q3', sample 3, has 0" in world.refused(changed(rows, 3, token_ids=[], logprobs=[]))
+    assert "line 6: an answer needs the field 'id'" in world.refused(changed(rows, 3, id=None))
     assert not (world.folder / "parity.json").exists()
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"dtype": "int8", "engine": "x", "sampling": {"temperature": 1}}, {"sampling": 3}]
+)
+def test_a_header_of_another_program_is_named(tmp_path: Path, meta: Row) -> None:
+    write_jsonl(tmp_path / "c.jsonl", [{"meta": meta}])
+    words = ["--checkpoint", "c", "--completions", str(tmp_path / "c.jsonl"), "--questions", "q"]
+    with pytest.raises(ValueError, match=r"c.jsonl, line 1: the header needs dtype, one of float"):
+        parity.parity([*words, "--out", str(tmp_path / "out.json")])
+
+
+@pytest.mark.parametrize("bound", ["-1", "nan", "inf"])
+def test_a_bound_that_nothing_can_keep_is_refused(bound: str, tmp_path: Path) -> None:
+    words = ["--checkpoint", "c", "--completions", "c", "--questions", "q", "--bound", bound]
+    with pytest.raises(SystemExit) as ended:
+        main(["parity", *words, "--out", str(tmp_path / "out.json")])
+    assert ended.value.code == 2

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memphis_jax.data.prompts import encode_prompt, load_tokenizer
-from memphis_jax.rounds.files import read_completions, read_jsonl, write_json
+from memphis_jax.rounds.files import write_json
+from memphis_jax.rounds.rows import check_out, read_answers, read_questions_by_id
 
 BOUNDS = {"float32": 0.02, "bfloat16": 0.05, "float16": 0.05}  # nats per token
 TOKENS = 4096  # rescored at once: 0.8 GB of logits with a vocabulary of 50304
@@ -35,19 +36,13 @@ class Rescored(NamedTuple):
 
 def parity(argv: Sequence[str]) -> None:
     args = _arguments(argv)
-    meta, rows = read_completions(args.completions)
+    meta, rows = _rescorable(args.completions)
     dtype = args.dtype or meta["dtype"]
     bound = args.bound or BOUNDS[dtype]
-    rows = [row for row in rows if "logprobs" in row]
-    questions = {row["id"]: row for path in args.questions for row in read_jsonl(path)}
+    questions = read_questions_by_id(args.questions, ("id", "prompt"))
     for row in rows:
         if row["id"] not in questions:
             raise ValueError(f"{args.completions}: no question has the id {row['id']!r}")
-        if len(row["logprobs"]) != len(row["token_ids"]):
-            raise ValueError(
-                f"{args.completions}: {row['id']!r}, sample {row['sample']}, has "
-                f"{len(row['token_ids'])} token_ids and {len(row['logprobs'])} logprobs"
-            )
     if not rows:
         raise ValueError(
             f"{args.completions} holds no logprobs to compare: sample with --rescore 64 of `python "
@@ -77,6 +72,37 @@ def parity(argv: Sequence[str]) -> None:
         raise RuntimeError(f"trainer and sampler are not the same model: {describe(result)}")
 
 
+def _rescorable(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(meta, the rows that carry logprobs). Raises ValueError where one cannot be rescored."""
+    meta, rows = read_answers(path, "an answer", ("id", "sample"))
+    sampling = meta.get("sampling")
+    if (
+        meta.get("dtype") not in BOUNDS
+        or "engine" not in meta
+        or "temperature" not in (sampling if isinstance(sampling, dict) else {})
+    ):
+        raise ValueError(
+            f"{path}, line 1: the header needs dtype, one of {', '.join(BOUNDS)}, engine, and "
+            "sampling with a temperature, as the sampler writes them"
+        )
+    rows = [row for row in rows if "logprobs" in row]
+    for row in rows:
+        counts = {name: _length(row.get(name)) for name in ("token_ids", "logprobs")}
+        if counts["token_ids"] != counts["logprobs"] or not counts["logprobs"]:
+            raise ValueError(
+                f"{path}: {row['id']!r}, sample {row['sample']}, has {counts['token_ids']} "
+                f"token_ids and {counts['logprobs']} logprobs"
+            )
+    return meta, rows
+
+
+def _length(numbers: Any) -> int:
+    """How many numbers a list holds; 0 where it is none, or holds anything else."""
+    if not isinstance(numbers, list) or not all(isinstance(x, int | float) for x in numbers):
+        return 0
+    return len(numbers)
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="memphis parity",
@@ -94,7 +120,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=0.0,
         help="mean |difference| per token in nats; 0 = 0.02 in float32, 0.05 else",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.bound < float("inf"):
+        parser.error(f"--bound {args.bound} must be 0 (the dtype's own) or more")
+    check_out(parser, args.out, [args.completions, *args.questions])
+    return args
 
 
 def rescore(
