@@ -1,7 +1,7 @@
 """Which attention kernel a step is compiled with: splash on TPU, cuDNN on GPU, XLA elsewhere.
 
 `pick_attention` gives the callable that `StableLM.hidden` takes. Every kernel here computes what
-`model.causal_attention` does, causal inside segments; one that cannot raises, it never trains on
+`layers.causal_attention` does, causal inside segments; one that cannot raises, it never trains on
 another mask. Imports `config` and `model`.
 
 Axis letters: B batch, T position, N heads, K kv-heads, H head dim.
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from memphis_jax.config import ConfigError
-from memphis_jax.model import causal_attention
+from memphis_jax.layers import causal_attention
 
 # attention(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], segment_ids [B,T] int32 or None) -> [B,T,N,H]
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]

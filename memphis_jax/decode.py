@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memphis_jax.model import Block, StableLM, causal_attention, project
+from memphis_jax.layers import causal_attention
+from memphis_jax.model import Block, StableLM, project
 
 PAGE = 32  # slots
 TOP_P_STEPS = 24  # bisection steps: the cut is exact to 2^-24 of the largest probability

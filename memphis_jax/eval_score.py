@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memphis_jax.model import QUERY_CHUNK, StableLM, masked_attention, project
+from memphis_jax.layers import QUERY_CHUNK, masked_attention
+from memphis_jax.model import StableLM, project
 
 SCORED_CHUNK = 256  # tokens whose logits exist at once
 

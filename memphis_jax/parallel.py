@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from memphis_jax.attention import pick_attention
-from memphis_jax.model import ONE_DEVICE, Ops, embedding
+from memphis_jax.layers import embedding
+from memphis_jax.model import ONE_DEVICE, Ops
 from memphis_jax.sharding import ACTIVATIONS, ROWS, constrain, leaf_spec, num_shards
 
 # Layers in a turn of the loop on one device: a loop copies into and out of stacks.
@@ -51,7 +52,7 @@ def make_ops(mesh: Mesh | None, attention: str) -> Ops:
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype | str, *, mesh: Mesh) -> jax.Array:
-    """`model.embedding` for a table [V, D] over (model, fsdp): [B, T, D], a "residual".
+    """`layers.embedding` for a table [V, D] over (model, fsdp): [B, T, D], a "residual".
 
     Tokens travel instead of the table: each device looks up all rows of its fsdp group in its part
     of D and V, then the parts change places. The gradient comes out divided like the table.

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from memphis_jax.attention import cudnn_attention, pick_attention, segment_runs, splash_attention
 from memphis_jax.config import ConfigError
-from memphis_jax.model import causal_attention
+from memphis_jax.layers import causal_attention
 from memphis_jax.plan_chips import parse_slice, slice_devices
 from tests.helpers import assert_close
 

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "memphis_jax.interpolate": set(),
     "memphis_jax.tensors": set(),
     "memphis_jax.rounds.pairs": set(),
-    "memphis_jax.model": {CONFIG},
+    "memphis_jax.layers": set(),
+    "memphis_jax.model": {CONFIG, "memphis_jax.layers"},
     "memphis_jax.optimizer": {CONFIG, "memphis_jax.adalite"},
     "memphis_jax.sharding": {CONFIG},
 }

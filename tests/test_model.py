@@ -8,7 +8,8 @@ from reference_models import FAMILY, make_hf, reference_logits
 
 from convert import load_hf
 from memphis_jax.config import ConfigError, ModelConfig
-from memphis_jax.model import ONE_DEVICE, QUERY_CHUNK, Rotary, StableLM, flatten
+from memphis_jax.layers import QUERY_CHUNK, Rotary
+from memphis_jax.model import ONE_DEVICE, StableLM, flatten
 from tests.helpers import TINY, assert_close
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
