@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub_fixtures import DATA_SETS, good, hub, texts, write, write_file
 
@@ -176,3 +178,22 @@ def test_the_hub_gives_the_same_rows_at_the_pinned_commit(tmp_path: Path) -> Non
     start = f"cannot load euclaise/TinyCoT, split train, revision {RECIPES['tinycot'].revision}, "
     assert refused.startswith(start) and "\n" not in refused
     assert refused.endswith("give a local copy with --config.data.root=FOLDER")
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, form: str) -> None:
+    """The first would be read, and nobody told."""
+    path = tmp_path / f"rows.{form}"
+    if form == "csv":
+        path.write_text("q,q,a\nx,y,z\n")
+    else:
+        arrays = [pa.array([text]) for text in "xyz"]
+        pq.write_table(pa.Table.from_arrays(arrays, names=["q", "q", "a"]), path)
+    with pytest.raises(ValueError, match=f"{path} has the column 'q' more than once"):
+        list(sources.read_local(path, "train", {"q": "text", "a": "text"}).rows)
+
+
+def test_a_folder_that_is_named_like_a_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"q": "x"}\n')
+    assert list(sources.read_local(tmp_path, "train", {"q": "text"}).rows) == [{"q": "x"}]

@@ -106,7 +106,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         raise FileNotFoundError(f"{folder}: no such file or folder")
     named: list[Path] = []
     nameless: list[Path] = []
-    found = sorted(file for file in folder.rglob("*") if file.suffix in _READERS)
+    found = sorted(f for f in folder.rglob("*") if f.suffix in _READERS and f.is_file())
     for file in found:
         relative = file.relative_to(folder).as_posix().lower()
         if relative.startswith(".") or "/." in relative:  # what `hf download` leaves behind
@@ -190,6 +190,8 @@ def _require_columns(where: str | Path, columns: Columns, found: list[str]) -> N
             f"{where} has no column {', '.join(map(repr, missing))}; expected {expected}; "
             f"found {', '.join(found) or 'none'}"
         )
+    if twice := [name for name in columns if found.count(name) > 1]:
+        raise ValueError(f"{where} has the column {twice[0]!r} more than once: rename one of them")
 
 
 def _first_line(error: Exception) -> str:
