@@ -50,6 +50,7 @@ JAX_FREE = {
     "memphis_jax.rounds.ledger",
     "memphis_jax.rounds.pairs",
     "memphis_jax.rounds.quantities",
+    "memphis_jax.rounds.rows",
     "memphis_jax.rounds.scribe",
     "memphis_jax.rounds.shards",
     "memphis_jax.rounds.sweep",
