@@ -88,7 +88,7 @@ def jax_train(case: Case) -> tuple[Measure, dict[str, Any]]:
 
     from memphis_jax.model import StableLM
     from memphis_jax.sharding import global_batch, make_mesh, state_sharding
-    from memphis_jax.train import init_state, make_step
+    from memphis_jax.train_step import init_state, make_step
 
     device = jax_device(case)
     mesh = make_mesh(devices=[device])

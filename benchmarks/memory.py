@@ -190,7 +190,7 @@ def optimizer_table() -> dict[str, Any]:
     import jax
 
     from memphis_jax.model import abstract
-    from memphis_jax.train import init_state
+    from memphis_jax.train_step import init_state
 
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

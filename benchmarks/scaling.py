@@ -116,7 +116,7 @@ def prepare(point: Point) -> tuple[Any, tuple[float, int, int]]:
     from memphis_jax.model import StableLM, abstract
     from memphis_jax.plan_cost import jaxpr_flops
     from memphis_jax.sharding import global_batch, make_mesh, state_sharding
-    from memphis_jax.train import init_state, make_step
+    from memphis_jax.train_step import init_state, make_step
 
     mesh = make_mesh()
     model = ModelConfig(**{**SHAPE, "num_hidden_layers": point.layers})

@@ -111,7 +111,7 @@ def our_step(size: Size, phase: str, batch: dict[str, np.ndarray]) -> Callable[[
     from memphis_jax.model import StableLM
     from memphis_jax.runtime import start_jax
     from memphis_jax.sharding import global_batch, make_mesh
-    from memphis_jax.train import init_state, make_step
+    from memphis_jax.train_step import init_state, make_step
 
     start_jax()
     settings = PhaseConfig(

@@ -193,9 +193,10 @@ def _first_state(
     import jax
 
     from memphis_jax import checkpoint
-    from memphis_jax import train as training
     from memphis_jax.model import StableLM, abstract
     from memphis_jax.sharding import state_sharding
+    from memphis_jax.train import carry_optimizer
+    from memphis_jax.train_step import init_state
 
     if init:
         model, _ = checkpoint.restore_model(init, mesh=mesh)
@@ -203,7 +204,7 @@ def _first_state(
         shardings = state_sharding(abstract(config.model), mesh)
         draw = jax.jit(lambda key: StableLM(config.model, key), out_shardings=shardings)
         model = draw(jax.random.PRNGKey(config.seed))
-    state = training.init_state(model, settings, config.seed, mesh)
+    state = init_state(model, settings, config.seed, mesh)
     if init and settings.keep_optimizer_state:
-        state = training.carry_optimizer(init, state, settings)
+        state = carry_optimizer(init, state, settings)
     return state

@@ -131,7 +131,7 @@ def main() -> None:
 def _compile(config: RunConfig, request: Request) -> Compiled:
     import jax
 
-    from memphis_jax import train
+    from memphis_jax import train_step
     from memphis_jax.sharding import make_mesh
 
     # Kernels carry the file and line that they come from: a checkout elsewhere, or a comment more,
@@ -141,10 +141,10 @@ def _compile(config: RunConfig, request: Request) -> Compiled:
     devices = slice_devices(where, request.num_slices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     settings = config.sft if request.phase == "sft" else config.rank
-    state = train.abstract_state(config.model, settings, mesh)
+    state = train_step.abstract_state(config.model, settings, mesh)
     batch = abstract_batch(settings, request, mesh)
     # The schedule is part of the program, its length is not known here: any number does.
-    step = train.make_step(request.phase, settings, config.compute, 1000, mesh)
+    step = train_step.make_step(request.phase, settings, config.compute, 1000, mesh)
     traced = step.trace(state, batch)
     lowered = traced.lower(lowering_platforms=("tpu",))
     on_each: dict[str, Any] = {
@@ -274,7 +274,7 @@ def _limit(device: Any, jax: Any) -> float:
 
 
 def _key(program: str, device_ids: list[int], request: Request) -> str:
-    from memphis_jax.train import COMPILER_OPTIONS
+    from memphis_jax.train_step import COMPILER_OPTIONS
     from memphis_jax.versions import versions
 
     decides = {

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from memphis_jax.config import ComputeConfig, OptimizerConfig, PhaseConfig
 from memphis_jax.data.loader import Batch, rank_loader, sft_loader
 from memphis_jax.sharding import global_batch, host_share, make_mesh, row_shards, state_sharding
-from memphis_jax.train import loss_and_gradients, objective
+from memphis_jax.train_step import loss_and_gradients, objective
 
 SHAPES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
 PHASES = ("sft", "rank")

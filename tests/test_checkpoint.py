@@ -15,7 +15,8 @@ from memphis_jax import checkpoint
 from memphis_jax.checkpoint import CheckpointError
 from memphis_jax.config import ConfigError, OptimizerConfig, PhaseConfig
 from memphis_jax.model import flatten, unflatten
-from memphis_jax.train import TrainState, carry_optimizer, init_state
+from memphis_jax.train import carry_optimizer
+from memphis_jax.train_step import TrainState, init_state
 
 NAMES = ("adalite", "adamw")
 

@@ -24,7 +24,7 @@ from memphis_jax.data.prompts import Example
 from memphis_jax.model import QUERY_CHUNK, StableLM
 from memphis_jax.objectives import rank_sums, sft_sums
 from memphis_jax.optimizer import is_embedding, partition
-from memphis_jax.train import loss_and_gradients
+from memphis_jax.train_step import loss_and_gradients
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from memphis_jax import train
+from memphis_jax import train_step
 from memphis_jax.attention import splash_attention
 from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, OptimizerConfig, PhaseConfig
 from memphis_jax.plan_chips import CHIPS, Slice, parse_slice
@@ -113,9 +113,9 @@ def test_flops_of_the_real_step_by_policy(remat: str) -> None:
         epochs=1, batch_size=16, seq_len=256, optimizer=OptimizerConfig(), accumulation=2
     )
     mesh = mesh_of(8)
-    step = train.make_step("sft", settings, ComputeConfig(remat=remat), 10, mesh)
+    step = train_step.make_step("sft", settings, ComputeConfig(remat=remat), 10, mesh)
     batch = abstract_batch(settings, Request("sft", "", 1, rows=8), mesh)
-    traced = step.trace(train.abstract_state(model, settings, mesh), batch)
+    traced = step.trace(train_step.abstract_state(model, settings, mesh), batch)
 
     tokens, dim, inner, kv_dim = 16 * 256, 64, 96, 32
     down, layer = dim * inner, 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * inner

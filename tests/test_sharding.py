@@ -25,7 +25,7 @@ from memphis_jax import checkpoint, parallel, sharding
 from memphis_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig, check_mesh
 from memphis_jax.layers import embedding
 from memphis_jax.model import abstract
-from memphis_jax.train import TrainState, abstract_state, init_state, make_step
+from memphis_jax.train_step import TrainState, abstract_state, init_state, make_step
 
 TESTS = Path(__file__).parent
 ALL_SHAPES = ((1, 1, 1), *SHAPES)

@@ -22,7 +22,8 @@ from memphis_jax import checkpoint
 from memphis_jax.config import ComputeConfig, ConfigError, OptimizerConfig, PhaseConfig
 from memphis_jax.data.loader import Batch, Loader, rank_loader, sft_loader
 from memphis_jax.optimizer import cosine_schedule
-from memphis_jax.train import TrainingStopped, TrainState, init_state, make_step, run
+from memphis_jax.train import TrainingStopped, run
+from memphis_jax.train_step import TrainState, init_state, make_step
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
 

@@ -20,7 +20,7 @@ from memphis_jax import checkpoint
 from memphis_jax.config import OptimizerConfig, PhaseConfig
 from memphis_jax.data import procedural
 from memphis_jax.data.prompts import cot_completion
-from memphis_jax.train import init_state
+from memphis_jax.train_step import init_state
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = """
