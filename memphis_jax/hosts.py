@@ -1,8 +1,8 @@
 """A command that runs on several hosts at once: all start, or none; one lost stops all, by name.
 
 JAX's own service ends a process with a stack trace that names nobody. So the process that was
-started on each host only guards: it meets the others over TCP (port of the coordinator + 1), runs
-the real command as its child, and says what becomes of it. No jax.
+started on each host only guards: it meets the others over TCP (hosts_hub.py; port of the
+coordinator + 1), runs the real command as its child, and says what becomes of it. No jax.
 
     JAX_COORDINATOR_ADDRESS=10.0.0.2:8476 JAX_NUM_PROCESSES=4 JAX_PROCESS_ID=0..3 memphis train ...
 
@@ -10,7 +10,6 @@ MEMPHIS_BARRIER_SECONDS (300): how long the first waits for the last at the star
 MEMPHIS_HEARTBEAT_SECONDS (60): a host that was not heard of for so long is lost.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -20,27 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from memphis_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_UNSURE, GUARDED
+from memphis_jax.errors import EXIT_PEER_LOST, EXIT_UNSURE, GUARDED
+from memphis_jax.hosts_hub import BEAT, GOOD, GRACE, Group, HostsError, Hub, advice, ending
 from memphis_jax.rounds.processes import DIE_WITH_PARENT
-
-BEAT = 0.5  # seconds between signs of life
-GRACE = 10.0  # seconds for a process to end by itself when another ended with an error
-
-
-class HostsError(ValueError):
-    """Variables of the environment that do not describe a group of processes."""
-
-
-class Group(NamedTuple):
-    host: str  # of process 0
-    port: int  # JAX's; ours is the next
-    processes: int
-    process: int
-    barrier: float  # seconds
-    heartbeat: float  # seconds
 
 
 def from_environment() -> Group | None:
@@ -86,7 +69,10 @@ def guard(group: Group, command: Sequence[str]) -> int:
     """
     hub = Hub(group) if group.process == 0 else None
     try:
-        return Member(group).run(command)
+        code = Member(group).run(command)
+        if hub:
+            hub.wait()
+        return code
     except _Lost as lost:
         print(f"memphis: {lost}", file=sys.stderr, flush=True)
         return EXIT_PEER_LOST
@@ -99,9 +85,6 @@ class _Lost(Exception):
     pass
 
 
-# --- every process
-
-
 class Member:
     """One host's end of the line to the hub."""
 
@@ -111,6 +94,7 @@ class Member:
         self._heard = time.monotonic()
         self._lost: str | None = None
         self._blamed, self._gentle = -1, False
+        self._finished = False  # process 0: what becomes of its host no longer matters
         self._go, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
         self._say(hello=group.process, host=socket.gethostname())
@@ -135,8 +119,9 @@ class Member:
     def _check(self, child: "subprocess.Popen[bytes] | None" = None) -> None:
         """Raises _Lost where the group is broken; a child gets time to end with its own error."""
         self._say(beat=True)
-        if time.monotonic() - self._heard > self.group.heartbeat and not self._lost:
-            self._lost = f"process 0 ({self.group.host}) is silent: {_advice()}"
+        silent = time.monotonic() - self._heard > self.group.heartbeat
+        if silent and not self._lost and not self._finished:
+            self._lost = f"process 0 ({self.group.host}) is silent: {advice()}"
         if not self._lost:
             return
         if child and self._gentle and _wait(child, GRACE) is not None:
@@ -145,7 +130,7 @@ class Member:
 
     def _end(self, code: int) -> int:
         """Reports the child's end; after an end that may be another's fault, waits for a name."""
-        good = code in (0, EXIT_PREEMPTED)
+        good = code in GOOD
         self._say(ended=code, sure=good or code not in (-signal.SIGABRT, EXIT_UNSURE))
         deadline = time.monotonic() + self.group.heartbeat + 2 * GRACE
         while not good and not self._lost and time.monotonic() < deadline:
@@ -158,7 +143,7 @@ class Member:
             -1,
             self.group.process,
         ):
-            raise _Lost(self._lost or f"process {self.group.process} was killed: {_advice()}")
+            raise _Lost(self._lost or f"process {self.group.process} {ending(code)}: {advice()}")
         return 1
 
     def _say(self, **message: Any) -> None:
@@ -173,6 +158,7 @@ class Member:
                 self._heard, message = time.monotonic(), json.loads(text)
                 if "go" in message:
                     self._go.set()
+                self._finished |= "finished" in message
                 if "lost" in message:
                     self._blamed, self._gentle = message["blamed"], message["gentle"]
                     self._lost = message["lost"]
@@ -181,14 +167,10 @@ class Member:
         self._hub_gone()
 
     def _hub_gone(self) -> None:
-        if self._lost is None:
+        if self._lost is None and not self._finished:
             self._blamed = 0
-            self._lost = f"process 0 ({self.group.host}) is gone: {_advice()}"
+            self._lost = f"process 0 ({self.group.host}) is gone: {advice()}"
         self._closed.set()
-
-
-def _advice() -> str:
-    return "all processes stop; the same command goes on from the last checkpoint"
 
 
 def _wait(child: "subprocess.Popen[bytes]", seconds: float) -> int | None:
@@ -212,128 +194,3 @@ def _connect(group: Group) -> socket.socket:
                     f"{group.barrier:g} s ({error}): does the command run there, is the port open?"
                 ) from None
             time.sleep(BEAT)
-
-
-# --- process 0
-
-
-@dataclass
-class _Peer:
-    line: socket.socket
-    host: str
-    heard: float = field(default_factory=time.monotonic)
-    ended: bool = False
-
-
-class Hub:
-    """Where process 0 meets all processes, itself too, and tells them who is missing."""
-
-    def __init__(self, group: Group):
-        self.group = group
-        self._peers: dict[int, _Peer] = {}
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-        self._doubt: tuple[float, int, str] | None = None  # an end that may be another's fault
-        self._went = self._over = False
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        try:
-            self._server = socket.create_server(
-                ("", group.port + 1), family=family, dualstack_ipv6=family == socket.AF_INET6
-            )
-        except OSError as error:
-            raise HostsError(
-                f"port {group.port + 1} (JAX_COORDINATOR_ADDRESS + 1) cannot be used: {error}"
-            ) from None
-        threading.Thread(target=self._accept, daemon=True).start()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def close(self) -> None:
-        """Waits, not for ever, until the others have ended too: they listen to this process."""
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline and not self._over:
-            with self._lock:
-                if all(peer.ended for peer in self._peers.values()):
-                    break
-            time.sleep(BEAT / 5)
-        self._over = True
-        self._server.close()
-
-    def _accept(self) -> None:
-        while not self._over:
-            try:
-                line, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(line,), daemon=True).start()
-
-    def _serve(self, line: socket.socket) -> None:
-        index = -1
-        try:
-            for text in line.makefile("r", encoding="utf-8"):
-                message = json.loads(text)
-                if "hello" in message:
-                    index = message["hello"]
-                    self._arrive(index, _Peer(line, message["host"]))
-                if index < 0:
-                    return  # none of ours
-                self._peers[index].heard = time.monotonic()
-                if "ended" in message:
-                    self._end(index, message["ended"], message["sure"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        if index >= 0 and not self._peers[index].ended:
-            self._tell_lost([index], "its connection closed: killed, or its host is gone")
-
-    def _arrive(self, index: int, peer: _Peer) -> None:
-        with self._lock:
-            self._peers[index] = peer
-            if len(self._peers) == self.group.processes and not self._went:
-                self._went = True
-                self._tell(go=True)
-
-    def _end(self, index: int, code: int, sure: bool) -> None:
-        self._peers[index].ended = True
-        if code in (0, EXIT_PREEMPTED):
-            return
-        why = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        if sure:
-            self._tell_lost([index], why, gentle=code > 0)
-        elif self._doubt is None:
-            self._doubt = (time.monotonic(), index, why)
-
-    def _watch(self) -> None:
-        while not self._over:
-            time.sleep(BEAT)
-            now, group = time.monotonic(), self.group
-            if not self._went:
-                if now - self._started > group.barrier:
-                    missing = sorted(set(range(group.processes)) - self._peers.keys())
-                    self._tell_lost(missing, f"did not arrive within {group.barrier:g} s")
-                with self._lock:
-                    self._tell(beat=True)
-                continue
-            for index, peer in list(self._peers.items()):
-                if not peer.ended and now - peer.heard > group.heartbeat:
-                    self._tell_lost([index], f"was not heard of for {group.heartbeat:g} s")
-            if self._doubt and now - self._doubt[0] > group.heartbeat:
-                self._tell_lost([self._doubt[1]], self._doubt[2])
-            with self._lock:
-                self._tell(beat=True)
-
-    def _tell_lost(self, indices: list[int], why: str, gentle: bool = False) -> None:
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
-            names = [
-                f"process {i} of {self.group.processes}"
-                + (f" ({self._peers[i].host})" if i in self._peers else "")
-                for i in indices
-            ]
-            text = f"{' and '.join(names)} {why}: {_advice()}"
-            self._tell(lost=text, blamed=indices[0], gentle=gentle)
-
-    def _tell(self, **message: Any) -> None:
-        for peer in self._peers.values():
-            with contextlib.suppress(OSError):
-                peer.line.sendall(json.dumps(message).encode() + b"\n")

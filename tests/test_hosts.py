@@ -89,6 +89,46 @@ def test_all_run_and_end(group: Callable[..., Group]) -> None:
     assert [three.end(process) for process in range(3)] == [(0, "")] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_host_may_end_long_after_the_others(group: Callable[..., Group], code: int) -> None:
+    """Process 0, to whom all listen, stays until then, and says for whom."""
+    three = group(3)
+    for process, seconds in enumerate((0, 13, 1)):
+        three.start(process, f"import sys, time; time.sleep({seconds}); sys.exit({code})")
+    waiting = r"memphis: done here; waiting for process 1 of 3 \(.+\)\n"
+    ends = [three.end(process) for process in range(3)]
+    assert [end[0] for end in ends] == [code] * 3
+    assert re.fullmatch(waiting, ends[0][1]) and ends[1][1] == ends[2][1] == ""
+
+
+def test_a_host_that_goes_after_its_end_is_not_lost(group: Callable[..., Group]) -> None:
+    two = group(2)
+    two.start(0, "")
+    two.start(1, _until(f"{two.folder}/gone"))
+    two.child(1)
+    time.sleep(2)  # process 0's child has ended by then; its guard is there for the other
+    two.guards[0].kill()
+    two.end(0)
+    time.sleep(1)
+    (two.folder / "gone").touch()
+    assert two.end(1) == (0, "")
+
+
+def test_after_the_end_of_one_a_lost_host_still_stops_the_rest(
+    group: Callable[..., Group],
+) -> None:
+    three = group(3)
+    three.start(0, "")
+    three.start(1, SLEEP)
+    three.start(2, SLEEP)
+    os.kill(three.child(1), signal.SIGKILL)
+    three.child(2)
+    ends = [three.end(process) for process in range(3)]
+    assert [code for code, _ in ends] == [0, 76, 76]
+    assert all("process 1 of 3" in said for _, said in ends[1:])
+
+
 def test_no_child_starts_before_the_last_host_is_there(group: Callable[..., Group]) -> None:
     two = group(2)
     two.start(0, "")
@@ -140,7 +180,10 @@ def test_a_killed_process_stops_all_by_name(group: Callable[..., Group], victim:
     for process in range(3):
         code, said = three.end(process)
         assert code == 76
-        assert re.search(rf"process {victim} of 3 \(.+\) was killed by signal 9", said)
+        told = (
+            rf"process {victim} of 3 \(.+\) was killed by signal 9, most often for lack of memory"
+        )
+        assert re.search(told, said) and len(said.splitlines()) == 1
     assert not any(_runs(pid) for pid in children)
 
 
@@ -259,6 +302,11 @@ def test_variables_that_describe_no_group(
 def test_alone_without_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     assert hosts.from_environment() is None
+
+
+def _until(path: str) -> str:
+    """Python that ends once there is such a file."""
+    return f"import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.05)"
 
 
 def _runs(pid: int) -> bool:
