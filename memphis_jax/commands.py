@@ -54,6 +54,11 @@ def train(argv: Sequence[str]) -> None:
     for name in ("workdir", "data", "init"):
         if re.match(r"\w+:/", text := str(getattr(args, name))):
             raise configs.ConfigError(f"--{name} {text}: mount the bucket and give the path there")
+    if not args.data.exists():
+        raise configs.ConfigError(
+            f"--data {args.data}: no such file or folder; `memphis data --out DIR` makes one for "
+            "sft, `memphis pairs` one for rank"
+        )
     from memphis_jax import checkpoint
     from memphis_jax import train as training
     from memphis_jax.runtime import is_first, start_jax

@@ -55,6 +55,8 @@ def one_line(command: str) -> Iterator[None]:
 
 
 def _end(message: str, code: int = 1) -> NoReturn:
+    if GUARDED not in os.environ and code == 1:
+        sys.exit(message)  # which prints it
     print(message, file=sys.stderr, flush=True)
     if GUARDED not in os.environ:
         sys.exit(code)

@@ -21,7 +21,8 @@ from reference_models import make_hf
 from convert import load_hf
 from memphis_jax.data.packing import Group, pack_groups, pack_rows
 from memphis_jax.data.prompts import Example
-from memphis_jax.model import QUERY_CHUNK, StableLM
+from memphis_jax.layers import QUERY_CHUNK
+from memphis_jax.model import StableLM
 from memphis_jax.objectives import rank_sums, sft_sums
 from memphis_jax.optimizer import is_embedding, partition
 from memphis_jax.train_step import loss_and_gradients
