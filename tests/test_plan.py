@@ -1,4 +1,4 @@
-"""`memphis plan`: the search, what it prints, wrong inputs, the real compiler on a small model."""
+"""`memphis plan`: what it prints, wrong inputs, the real compiler on a small model."""
 
 import dataclasses
 import json
