@@ -1,4 +1,4 @@
-"""`memphis plan`: what a candidate is predicted to take, which are compiled, how they are listed."""
+"""`memphis plan`: what a candidate is predicted to take, what is compiled, how it is listed."""
 
 import dataclasses
 from pathlib import Path
