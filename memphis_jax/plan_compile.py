@@ -137,6 +137,8 @@ def _compile(config: RunConfig, request: Request) -> Compiled:
     # Kernels carry the file and line that they come from: a checkout elsewhere, or a comment more,
     # would be another program to the cache.
     jax.config.update("jax_traceback_in_locations_limit", 0)
+    if config.compute.dtype == "float32":  # as `runtime.start_jax` does on the TPU
+        jax.config.update("jax_default_matmul_precision", "highest")
     where = parse_slice(request.topology)
     devices = slice_devices(where, request.num_slices)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)

@@ -95,7 +95,13 @@ class Job:
 
     def bounds(self, found: Compiled) -> Bounds:
         """Of an optimizer step that was compiled."""
-        return bounds(found.flops, found.moved, found.ici, self.where, self.num_slices, found.dcn)
+        flops = found.flops * self.passes
+        return bounds(flops, found.moved, found.ici, self.where, self.num_slices, found.dcn)
+
+    @property
+    def passes(self) -> int:
+        """Products of bfloat16 that a product of compute.dtype takes: JAX's bfloat16_6x."""
+        return 6 if self.config.compute.dtype == "float32" else 1
 
     def model_flops(self, candidate: Candidate) -> float:
         frozen = self.settings.optimizer.freeze_embeddings
@@ -164,7 +170,7 @@ def predicted_seconds(job: Job, candidate: Candidate) -> float:
         again += 2.0 * head  # the logits
     flops = job.model_flops(candidate) + tokens * again
     ici, dcn = predicted_traffic(job, candidate)
-    bound = bounds(flops, 0.0, ici, job.where, job.num_slices, dcn)
+    bound = bounds(flops * job.passes, 0.0, ici, job.where, job.num_slices, dcn)
     # On a tie the plain mesh: what `model` costs beside bytes is not in here.
     return bound.exposed * (1.05 if candidate.mesh[2] > 1 else 1.0)
 

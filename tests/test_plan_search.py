@@ -137,6 +137,9 @@ def test_two_slices_bound_the_network_between_them() -> None:
     search.found[chosen] = said
     assert job.bounds(said) == pytest.approx((said.flops / (32 * 197e12), 1e9 / 819e9, 0.01, 2.0))
     assert job.bounds(said).name == "DCN"
+    precise = dataclasses.replace(job.config.compute, dtype="float32")
+    slow = dataclasses.replace(job, config=dataclasses.replace(job.config, compute=precise))
+    assert slow.bounds(said).compute == pytest.approx(6 * job.bounds(said).compute)
     head, row = printed(search, chosen, "An optimizer step at best")
     assert (row[0], row[head.index("network s")], row[head.index("DCN s")]) == (
         "2 x v5e:4x4", "0.010", "2.000",
