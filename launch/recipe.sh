@@ -42,7 +42,8 @@ parse_options() {
         ;;
       --dry-run) dry=yes && shift ;;
       --delete) delete=yes && shift ;;
-      --spot | --internal-ips) creation+=("$1") && shift ;;
+      --spot) spot=yes && creation+=("$1") && shift ;;
+      --internal-ips) internal=yes && creation+=("$1") && shift ;;
       --config.*=*) rest+=("$1") && shift ;;
       --config.*)
         [[ $# -gt 1 ]] || fail "$1 needs a value (see --help)"
@@ -92,6 +93,13 @@ run() {
   fi
 }
 
+# In a dry run the scripts that follow tpu_create.sh find the options that it would have kept.
+keep_for_dry_run() {
+  export MEMPHIS_TPU_HOME=$tmp/home
+  pod=$MEMPHIS_TPU_HOME/$name project=${project:-PROJECT} zone=${zone:-ZONE}
+  save_pod
+}
+
 # All that this script started gets the signal: a job on the pod is stopped, after a checkpoint.
 interrupted() {
   local one
@@ -114,15 +122,14 @@ main() {
   check_workdir
   costs="$name still runs and costs money: launch/tpu_delete.sh $name"
   open true
+  [[ -z $dry ]] || keep_for_dry_run
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM
   run env PYTHONPATH="$path" "$(own_python)" "$here/check_config.py" "$config" \
     "$((slices * $(devices_of "$type")))" "${rest[@]}" || exit 1
   run "$here/tpu_create.sh" "$name" "${creation[@]}" ${dry:+--dry-run}
-  if [[ -z $dry || -s $pod/options ]]; then
-    run "$here/tpu_setup.sh" "$name" ${dry:+--dry-run} || code=$?
-    ((code == 0)) || { say "$name could not be set up; $costs" && exit "$code"; }
-  fi
+  run "$here/tpu_setup.sh" "$name" ${dry:+--dry-run} || code=$?
+  ((code == 0)) || { say "$name could not be set up; $costs" && exit "$code"; }
   rounds=("$(own_python)" -m memphis_jax rounds --config "$config" --workdir "$workdir"
     "--config.executor.train=$(quoted "$here/tpu_run.sh" "$name" --)")
   [[ -z $gpu ]] || rounds+=(--config.generate.engine=vllm

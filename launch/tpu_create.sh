@@ -180,7 +180,7 @@ main() {
   wait_for_pod
   [[ $state == ready ]] || fail "$name cannot be had: $why. Delete it with 'launch/tpu_delete.sh" \
     "$name', or give the same command to ask again"
-  say "$name is ACTIVE: ${#node[@]} workers, $((slices * $(devices_of "$type"))) devices. Next:" \
+  [[ -n $dry ]] || say "$name is ACTIVE: ${#node[@]} workers, $((slices * $(devices_of "$type"))) devices. Next:" \
     "launch/tpu_setup.sh $name"
 }
 

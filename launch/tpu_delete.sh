@@ -40,7 +40,9 @@ main() {
       fail "whether a job runs on $(label "$process") is not known, it cannot be reached: again" \
         "later, or --force"
     fi
-    if [[ -z $dry ]] && process=$(any_running); then
+    if [[ -n $dry ]]; then
+      [[ -z $force ]] || on_all remote stop 60
+    elif process=$(any_running); then
       [[ -n $force ]] || fail "a job runs on $(label "$process"): wait for it (launch/tpu_status.sh" \
         "$name), or give --force, which stops it"
       touch "$pod/deleted" # a tpu_run.sh that still follows must not start it again

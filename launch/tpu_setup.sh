@@ -113,7 +113,7 @@ main() {
     "$((slices * $(devices_of "$type")))"
   on_all remote stamp "$stamp"
   must_all "note what it has"
-  say "$name is set up. Next: launch/tpu_run.sh $name -- COMMAND, or launch/recipe.sh $name ..."
+  [[ -n $dry ]] || say "$name is set up. Next: launch/tpu_run.sh $name -- COMMAND, or launch/recipe.sh $name ..."
 }
 
 main "$@"

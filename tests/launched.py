@@ -242,3 +242,29 @@ def copy_of(template: Place, folder: Path) -> Place:
     for path in (place.kept / "options", place.cloud.folder / "state.json"):
         path.write_text(path.read_text().replace(str(template.folder), str(folder)))
     return place
+
+
+TYPE, BUCKET = ("--type", "v4-16"), ("--bucket", "gs://bucket")
+
+
+def error_of(place: Place, script: str, *words: str) -> str:
+    """The one line on stderr of a script that fails before anything is created."""
+    before = len(place.cloud.calls("queued-resources create"))
+    result = place.call(script, *words)
+    assert result.returncode == 1 and result.stdout == "", result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert len(place.cloud.calls("queued-resources create")) == before
+    return result.stderr
+
+
+CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}  # a host of v4 has four chips
+
+
+def set_up_pod(place: Place, *options: str) -> str:
+    """What setting up said on stdout."""
+    Cloud.make(place.cloud.folder, CPU)
+    place.environment["MEMPHIS_COORDINATOR_PORT"] = str(20000 + 2 * (os.getpid() % 10000))
+    place.create("--spot", *options)
+    output = place.ok("tpu_setup.sh", "pod").stdout
+    place.prepare()
+    return output
