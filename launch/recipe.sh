@@ -81,8 +81,13 @@ check_workdir() {
   [[ $workdir == "$mount"/?* ]] || fail "--workdir $workdir is not below $mount, where the bucket is" \
     "mounted on every worker: give $mount/NAME, or another --mount"
   [[ -z $dry ]] || return 0
-  mountpoint -q "$mount" || fail "$mount is not mounted on this machine: gcsfuse" \
-    "--metadata-cache-ttl-secs=0 ${bucket#gs://} $mount"
+  mountpoint -q "$mount" || fail "$mount is not mounted on this machine:$(dead_mount)" \
+    "gcsfuse --metadata-cache-ttl-secs=0 ${bucket#gs://} $mount"
+}
+
+# A gcsfuse that died leaves a mount in the way of the next.
+dead_mount() {
+  [[ $(stat "$mount" 2>&1) != *"not connected"* ]] || printf ' fusermount -uz %q &&' "$mount"
 }
 
 run() {

@@ -52,6 +52,7 @@ install() {
 mount() {
   local bucket=$1 folder=$2 why
   if ! mountpoint -q "$folder"; then
+    unmount_dead "$folder"
     command -v gcsfuse >/dev/null || install_gcsfuse
     if ! mkdir -p "$folder" 2>/dev/null || [[ ! -w $folder ]]; then
       sudo mkdir -p "$folder" && sudo chown "$(id -u):$(id -g)" "$folder"
@@ -64,6 +65,17 @@ mount() {
     fail "it may not write to gs://$bucket: give the workers' service account the role" \
       "roles/storage.objectUser there"
 }
+
+# unmount_dead FOLDER: a gcsfuse that was killed leaves a mount, "Transport endpoint is not connected",
+# on which not even mkdir -p works.
+unmount_dead() {
+  is_dead "$1" || return 0
+  {
+    fusermount -uz "$1" || fusermount3 -uz "$1" || umount -l "$1" || sudo umount -l "$1"
+  } >&2 || ! is_dead "$1" || fail "a gcsfuse that died has left a mount: sudo umount -l $1"
+}
+
+is_dead() { [[ $(stat "$1" 2>&1) == *"not connected"* ]]; }
 
 # https://cloud.google.com/storage/docs/cloud-storage-fuse/install
 install_gcsfuse() {

@@ -3,12 +3,15 @@
 The cloud has gcloud's strict flags, and ssh to processes of this machine (tests/fake_gcloud).
 """
 
+import ctypes
 import os
 import shutil
-from typing import Any
+import subprocess
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
-from launched import BUCKET, TYPE, Place, error_of
+from launched import BUCKET, REPO, TYPE, Place, error_of
 
 pytest_plugins = ["launch_fixtures"]
 pytestmark = pytest.mark.slow
@@ -179,6 +182,45 @@ def test_the_wheel_is_installed_and_the_bucket_mounted_once(pod: Place) -> None:
     pod.mount.mkdir()
     pod.ok("tpu_setup.sh", "pod")
     assert pod.mount.is_symlink()
+
+
+def test_what_a_dead_gcsfuse_leaves_is_unmounted_first(pod: Place) -> None:
+    """A real mount whose server is gone: "Transport endpoint is not connected", for mkdir too."""
+    pod.mount.unlink()
+    leave_dead_mount(pod.mount)
+    try:
+        with pytest.raises(OSError, match="not connected"):
+            pod.mount.stat()
+        assert "the bucket is not mounted" in pod.ok("tpu_status.sh", "pod").stdout
+        run = ("--config", str(REPO / "configs/tiny.py"), "--workdir", f"{pod.mount}/run")
+        told = (
+            f"fusermount -uz {pod.mount} && gcsfuse --metadata-cache-ttl-secs=0 bucket {pod.mount}"
+        )
+        assert told in error_of(pod, "recipe.sh", "pod", *run)
+        pod.ok("tpu_setup.sh", "pod")
+        assert pod.mount.resolve() == pod.bucket
+    finally:
+        subprocess.run(["umount", "-l", str(pod.mount)], capture_output=True)
+
+
+def leave_dead_mount(folder: Path) -> None:
+    """Mounts a FUSE file system, whose server then goes, as a gcsfuse that was killed."""
+    folder.mkdir()
+    libc = ctypes.CDLL(None)
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        skip_unless_ci(f"needs FUSE: {error}")
+    options = f"fd={server},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    failed = libc.mount(b"bucket", os.fsencode(folder), b"fuse.gcsfuse", 0, options.encode())
+    os.close(server)
+    if failed:
+        skip_unless_ci("needs the right to mount")
+
+
+def skip_unless_ci(told: str) -> NoReturn:
+    (pytest.fail if os.environ.get("MEMPHIS_CI") else pytest.skip)(told)
+    raise AssertionError
 
 
 def test_a_bucket_that_the_workers_may_not_mount(pod: Place) -> None:
