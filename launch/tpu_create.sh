@@ -137,20 +137,59 @@ request() {
     --quiet || explain "create $name"
 }
 
+# What cannot be changed of a pod, one line each.
+described() {
+  printf '%s\n' "$slices x $type in $zone of $project with $bucket" \
+    "$([[ -n $spot ]] && echo spot || echo on demand)" \
+    "${account:+service account }${account:-the default service account}" "runtime $runtime" \
+    "$([[ -n $internal ]] && echo internal || echo external) addresses" \
+    "flags ${create_flags[*]:-none}"
+}
+
 # A pod of this name that was requested from here otherwise, and is still there, is an error: what
-# follows would take it for one that is gone.
+# follows would take it for one that is gone, and request it anew as what it is not.
 check_existing() {
-  local old wanted="$slices x $type in $zone of $project with $bucket"
+  local wanted old at differs=''
   [[ -s $pod/options ]] || return 0
+  mapfile -t wanted < <(described)
   old=$(
     load_pod
-    printf '%s x %s in %s of %s with %s' "$slices" "$type" "$zone" "$project" "$bucket"
+    described
     look
-    [[ $state != gone ]] || printf ' (gone)'
+    echo "$state"
   ) || exit 1
-  [[ $old == "$wanted"* || $old == *" (gone)" ]] || fail "$name exists: $old, not $wanted. Choose" \
-    "another name, or 'launch/tpu_delete.sh $name' first"
+  mapfile -t old <<<"$old"
+  [[ ${old[-1]} != gone ]] || return 0
+  for at in "${!wanted[@]}"; do
+    [[ ${old[at]} == "${wanted[at]}" ]] || differs+="; ${old[at]}, not ${wanted[at]}"
+  done
+  [[ -z $differs ]] || fail "$name exists: ${differs:2}. Choose another name, or" \
+    "'launch/tpu_delete.sh $name' first"
 }
+
+# One that was requested from another machine stays as it is; where that is not as asked, it says so.
+check_foreign() {
+  local found is by tier spec='tpu.nodeSpec[].node' count=multisliceParams.nodeCount
+  # Of other slices it seems to have lost its nodes: they have other names.
+  [[ ! -s $pod/options && ($state != gone || $why == "node "*" is gone") ]] || return 0
+  gc compute tpus queued-resources describe "$name" "${place[@]}" \
+    --format="value($spec.acceleratorType,$spec.serviceAccount.email,${spec%.*}.$count)" ||
+    explain "look at $name"
+  found=$(cut -f 3 "$tmp/out")
+  found="${found:-1} x $(cut -f 1 "$tmp/out")" by=$(cut -f 2 "$tmp/out")
+  [[ $found == "$slices x $type" || $found == *" x " ]] || fail "$name exists: $found, not $slices x $type. Choose another" \
+    "name, or delete it: this command with --slices and --type as it has them, then" \
+    "'launch/tpu_delete.sh $name'"
+  gc compute tpus queued-resources describe "$name" "${place[@]}" --format='json(spot)' ||
+    explain "look at $name"
+  is=$(grep -q '"spot"' "$tmp/out" && echo spot || echo "on demand") # an empty message: no value()
+  tier=$([[ -n $spot ]] && echo spot || echo "on demand")
+  [[ $is == "$tier" ]] || note_foreign "$is, not $tier"
+  [[ -z $account || -z $by || $by == "$account" ]] ||
+    note_foreign "with service account $by, not $account"
+}
+
+note_foreign() { say "note: $name exists, $1: it stays so until it is requested anew"; }
 
 main() {
   parse_options "$@"
@@ -165,6 +204,7 @@ main() {
   else
     check_existing
     look
+    check_foreign
     save_pod
     rm -f "$pod/deleted"
   fi

@@ -70,6 +70,7 @@ load_pod() {
   [[ -s $pod/options ]] || fail "nothing is known here of a TPU called $name: run" \
     "launch/tpu_create.sh $name with its --type, --zone and --bucket (one that exists stays as it is)"
   mapfile -t words <"$pod/options"
+  spot='' internal='' account='' create_flags=() give_up_after='' # of another pod, or of the command
   for ((at = 0; at < ${#words[@]}; at++)); do
     case ${words[at]} in
       --spot) spot=yes ;;

@@ -41,6 +41,56 @@ def test_a_request_waits_in_the_queue_and_a_pod_that_exists_stays(bare: Place) -
 
 
 @pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ((), ("--spot",), "on demand, not spot"),
+        (("--spot",), (), "spot, not on demand"),
+        (("--service-account=a@b",), (), "service account a@b, not the default service account"),
+        (("--internal-ips",), (), "internal addresses, not external addresses"),
+        ((), ("--runtime-version=r",), "runtime tpu-ubuntu2204-base, not runtime r"),
+        (
+            ("--create-flag=--labels=a=b", "--service-account=a@b"),
+            ("--create-flag=--labels=a=c", "--service-account=c@d"),
+            "service account a@b, not service account c@d; flags --labels=a=b, not flags "
+            "--labels=a=c",
+        ),
+    ],
+)
+def test_a_pod_that_exists_is_not_taken_for_another(
+    bare: Place, first: tuple[str, ...], then: tuple[str, ...], message: str
+) -> None:
+    bare.create(*first)
+    kept = (bare.kept / "options").read_text()
+    other = ("pod", *TYPE, *BUCKET, "--mount", str(bare.mount), *then)
+    told = error_of(bare, "tpu_create.sh", *other)
+    assert f": pod exists: {message}. Choose another name, or 'launch/tpu_delete.sh pod'" in told
+    assert (bare.kept / "options").read_text() == kept  # what it is, is not forgotten
+    bare.create(*first)
+
+
+def test_a_pod_of_another_machine_stays_what_it_is_and_says_so(bare: Place) -> None:
+    """As after the loss of the controller: nothing is known here, so the cloud is asked."""
+    bare.create("--service-account=a@b")
+    same = ("pod", *TYPE, *BUCKET, "--mount", str(bare.mount), "--service-account=a@b")
+    forget = bare.kept / "options"
+    forget.unlink()
+    result = bare.ok("tpu_create.sh", *same)
+    assert "note" not in result.stderr and "is ACTIVE" in result.stderr
+    forget.unlink()
+    result = bare.ok("tpu_create.sh", *same[:-1], "--spot", "--service-account=c@d")
+    stays = "it stays so until it is requested anew"
+    assert f"note: pod exists, on demand, not spot: {stays}\n" in result.stderr
+    assert f"note: pod exists, with service account a@b, not c@d: {stays}\n" in result.stderr
+    forget.unlink()
+    for other in (("--type", "v4-8"), (*TYPE, "--slices=2")):  # not for one that lost its nodes
+        told = error_of(bare, "tpu_create.sh", "pod", *other, *BUCKET)
+        wanted = "1 x v4-8" if "v4-8" in other else "2 x v4-16"
+        assert f"pod exists: 1 x v4-16, not {wanted}. Choose another name" in told
+    assert not bare.cloud.calls("delete")
+    assert not forget.exists() and len(bare.cloud.calls("queued-resources create")) == 1
+
+
+@pytest.mark.parametrize(
     ("kind", "runtime"), [("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v6e-16", "v2-alpha-tpuv6e")]
 )
 def test_several_slices_and_the_runtime_of_a_generation(

@@ -93,6 +93,7 @@ class Cloud:
         node = {
             "acceleratorType": args["accelerator-type"],
             "runtimeVersion": args["runtime-version"],
+            "serviceAccount": {"email": args.get("service-account", "default@my-project")},
         }
         if args.get("node-id"):
             names = [args["node-id"]]
