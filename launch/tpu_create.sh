@@ -37,6 +37,8 @@ HELP
 # shellcheck source-path=SCRIPTDIR source=tpu_lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tpu_lib.sh"
 
+unless_deleted=''
+
 parse_options() {
   while (($#)); do
     case $1 in
@@ -48,6 +50,7 @@ parse_options() {
       --spot) spot=yes && shift ;;
       --internal-ips) internal=yes && shift ;;
       --again) load_pod && shift ;; # of the other scripts: with the options that were saved
+      --unless-deleted) unless_deleted=yes && shift ;; # of tpu_run.sh: by tpu_delete.sh, meanwhile
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --*)
         [[ $# -gt 1 ]] || fail "$1 needs a value (see --help)"
@@ -191,14 +194,27 @@ check_foreign() {
 
 note_foreign() { say "note: $name exists, $1: it stays so until it is requested anew"; }
 
+# tpu_delete.sh leaves its mark first and deletes then: whichever comes first here, no pod is left.
+request_unless_deleted() {
+  check_not_deleted
+  say "requesting $name: ${slices/#1/one} ${type}${spot:+, spot} in $zone"
+  request
+  if [[ -z $dry && -e $pod/deleted ]]; then
+    delete_request
+  fi
+  check_not_deleted
+}
+
 main() {
   parse_options "$@"
   open true
+  [[ -n $dry ]] || mkdir -p "$pod"
+  lock_pod
+  [[ -n $dry || -n $unless_deleted ]] || rm -f "$pod/deleted" # of before: this was given after it
   check_account
   runtime=${runtime:-$(default_runtime)}
   check_type
   check_bucket
-  lock_pod_folder
   if [[ -n $dry ]]; then
     state=gone why="there is none"
   else
@@ -206,27 +222,22 @@ main() {
     look
     check_foreign
     save_pod
-    rm -f "$pod/deleted"
   fi
   if [[ $state == gone ]]; then
     if [[ $why != "there is none" ]]; then
       say "$name: $why; deleting it to request it again"
-      gc compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ||
-        explain "delete $name"
+      delete_request
     fi
-    say "requesting $name: ${slices/#1/one} ${type}${spot:+, spot} in $zone"
-    request
+    request_unless_deleted
   fi
   wait_for_pod
-  [[ $state == ready ]] || fail "$name cannot be had: $why. Delete it with 'launch/tpu_delete.sh" \
-    "$name', or give the same command to ask again"
-  [[ -n $dry ]] || say "$name is ACTIVE: ${#node[@]} workers, $((slices * $(devices_of "$type"))) devices. Next:" \
-    "launch/tpu_setup.sh $name"
-}
-
-lock_pod_folder() {
-  [[ -n $dry ]] || mkdir -p "$pod"
-  lock_pod
+  [[ $state == ready ]] || {
+    check_not_deleted
+    fail "$name cannot be had: $why. Delete it with 'launch/tpu_delete.sh $name', or give the same" \
+      "command to ask again"
+  }
+  [[ -n $dry ]] || say "$name is ACTIVE: ${#node[@]} workers, $((slices * $(devices_of "$type")))" \
+    "devices. Next: launch/tpu_setup.sh $name"
 }
 
 main "$@"

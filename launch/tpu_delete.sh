@@ -50,13 +50,13 @@ main() {
       on_all remote stop 60
     fi
   fi
+  [[ -n $dry ]] || touch "$pod/deleted" # tpu_run.sh must not request it again; first the mark
+  [[ $why != "there is none" ]] || look # it may have been requested before that
   if [[ $why == "there is none" ]]; then
     say "$name is gone already"
     return
   fi
-  [[ -n $dry ]] || touch "$pod/deleted" # tpu_run.sh must not request it again
-  gc compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ||
-    explain "delete $name"
+  delete_request
   [[ -n $dry ]] || say "$name is deleted"
 }
 

@@ -250,6 +250,17 @@ look_dry() {
   done
 }
 
+check_not_deleted() {
+  [[ -n $dry || ! -e $pod/deleted ]] || fail "$name was deleted with launch/tpu_delete.sh: the same" \
+    "command requests it again"
+}
+
+# One that has just gone is as good as deleted.
+delete_request() {
+  gc compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ||
+    grep -q NOT_FOUND "$tmp/err" || explain "delete $name"
+}
+
 # wait_for_pod: until it is ready or gone, with a line about it whenever its state changes.
 wait_for_pod() {
   local last='' since=$SECONDS unknown=0

@@ -146,17 +146,12 @@ have_pod() {
   say "$name: $why"
   for ((attempt = 1; ; attempt++)); do
     check_not_deleted
-    ! child "$tmp/none" "$here/tpu_create.sh" "$name" --again || break
+    ! child "$tmp/none" "$here/tpu_create.sh" "$name" --again --unless-deleted || break
     ((attempt < tries)) || fail "$name could not be had again"
     child "$tmp/none" sleep "$poll"
   done
   wait_for_pod
   [[ $state == ready ]] || fail "$name: $why"
-}
-
-check_not_deleted() {
-  [[ ! -e $pod/deleted ]] || fail "$name was deleted with launch/tpu_delete.sh: the same command" \
-    "requests it again"
 }
 
 # What changes when the run gets on: the names of its checkpoints.

@@ -235,6 +235,31 @@ def test_a_deleted_pod_is_not_requested_again_by_what_ran_there(pod: Place) -> N
     assert len(pod.cloud.calls("queued-resources create")) == 1
 
 
+@pytest.mark.parametrize("command", ["queued-resources create", "accelerator-types list"])
+def test_a_pod_deleted_while_it_is_requested_anew_does_not_come_back(
+    pod: Place, command: str
+) -> None:
+    """Its request takes a while to reach the cloud, which has none then: deleting says "gone"."""
+    process = pod.run_and_wait_at(2)
+    before = len(pod.cloud.calls(command))
+    with pod.cloud.state() as state:
+        state["pause"] = f"compute tpus {command}"
+    pod.cloud.preempt("pod")
+    wait_for(lambda: len(pod.cloud.calls(command)) > before, "the call on its way")
+    pod.ok("tpu_delete.sh", "pod")
+    with pod.cloud.state() as state:
+        state["pause"] = ""
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "pod was deleted with launch/tpu_delete.sh" in errors
+    with pod.cloud.state() as state:
+        assert not state["requests"]
+    if "create" not in command:
+        assert len(pod.cloud.calls("queued-resources create")) == 1
+    pod.control()
+    assert pod.run().returncode == 0  # given after it, the same command requests the pod again
+
+
 def test_a_worker_that_cannot_be_reached_is_not_called_stopped(pod: Place) -> None:
     process = pod.run_and_wait_at(2)
     process.kill()

@@ -44,6 +44,7 @@ class Cloud:
             "buckets": {},
             "environment": environment or {},  # of every worker, as its image has it
             "deny": {},  # command: message
+            "pause": "",  # a command that takes effect only once this is another
             "queue": [],  # states that a new request goes through before ACTIVE
             "seconds_of_grace": 0.0,  # between SIGTERM and SIGKILL of a preempted worker
         }
