@@ -79,8 +79,6 @@ default_runtime() {
 }
 
 check_account() {
-  [[ -n $dry ]] || command -v gcloud >/dev/null ||
-    fail "this machine has no gcloud: https://cloud.google.com/sdk/docs/install"
   gc auth list --filter=status:ACTIVE '--format=value(account)' || explain "list the accounts"
   [[ -n $dry || -s $tmp/out ]] || fail "gcloud has no account: run 'gcloud auth login'"
   if [[ -z $project ]]; then
@@ -208,6 +206,8 @@ request_unless_deleted() {
 main() {
   parse_options "$@"
   open true
+  [[ -n $dry ]] || command -v gcloud >/dev/null ||
+    fail "this machine has no gcloud: https://cloud.google.com/sdk/docs/install"
   [[ -n $dry ]] || mkdir -p "$pod"
   lock_pod
   [[ -n $dry || -n $unless_deleted ]] || rm -f "$pod/deleted" # of before: this was given after it
