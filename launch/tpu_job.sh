@@ -8,7 +8,7 @@ heartbeat=${MEMPHIS_HEARTBEAT_SECONDS:-60}
 command=() environment=() # what runs; NAME=VALUE
 id=''                     # of the job
 followers=()              # this side's processes
-codes=() order=()         # exit codes, or "lost", by process; processes in the order of their ends
+codes=() order=()         # exit codes, "lost" or "gone", by process; processes in the order of their ends
 started='' offset=0       # is there something to stop; how much of worker 0's log has been shown
 
 digest_of_command() { printf '%s\0' "${command[@]:1}" "${environment[@]}" | digest; }
@@ -66,16 +66,20 @@ run_on() {
   child "$tmp/none" gcloud "${words[@]}" >>"$(log_of "$process")" 2>>"$logs/$id/ssh.log"
 }
 
-# code_of PROCESS GCLOUD-CODE: gcloud's own errors end with 1 too, so only the last line counts.
+# code_of PROCESS: gcloud's own errors end with 1 too, so the last line counts; a guard says
+# "memphis: ..." too (hosts.py), so that line counts with tpu_remote.sh's own code only.
 code_of() {
-  local last
+  local last ended
   last=$(tail -c 200 "$(log_of "$1")" | tail -n 1)
-  if [[ $last == "memphis: "* && $last != *"job is gone"* ]]; then
-    echo 9 # of tpu_remote.sh
-  elif [[ $last =~ ^\[exit\ code\ ([0-9]+)\]$ ]]; then
+  ended=$(cat "$tmp/worker/$1.code" 2>/dev/null || true)
+  if [[ $last =~ ^\[exit\ code\ ([0-9]+)\]$ ]]; then
     echo "${BASH_REMATCH[1]}"
-  else
+  elif [[ $last != "memphis: "* || $ended != 9 ]]; then
     echo lost
+  elif [[ $last == "memphis: the job is gone"* ]]; then
+    echo gone
+  else
+    echo 9
   fi
 }
 

@@ -176,7 +176,7 @@ judge() {
     code=${codes[process]}
     case $code in
       0) ;;
-      75 | 76 | lost) again=yes ;;
+      75 | 76 | lost | gone) again=yes ;;
       *)
         if ((code >= 128)); then # killed: a host is lost
           again=yes
@@ -207,18 +207,24 @@ settle() {
 }
 
 describe_codes() {
-  local process text=''
+  local process who text='' reason='' memory="most often for lack of memory ('dmesg' there tells)"
   for process in "${order[@]}"; do
+    who=$(label "$process")
     case ${codes[process]} in
       0) ;;
-      75) text+=", $(label "$process") was preempted and saved" ;;
-      76) text+=", $(label "$process") lost another one" ;;
-      lost) text+=", the connection to $(label "$process") was lost" ;;
-      *) text+=", $(label "$process") was killed (exit code ${codes[process]})" ;;
+      75) text+=", $who was preempted and saved" ;;
+      76) text+=", $who lost another one" && reason=${reason:-$(reason_in "$(log_of "$process")")} ;;
+      lost) text+=", the connection to $who was lost" ;;
+      gone) text+=", $who has lost its job: restarted, or all its processes killed, $memory" ;;
+      137) text+=", $who was killed by signal 9 (exit code 137), $memory" ;;
+      *) text+=", $who was killed (exit code ${codes[process]})" ;;
     esac
   done
-  printf '%s' "${text:2}" | cut -c 1-300
+  printf '%s' "${reason:+$reason; }${text:2}" | cut -c 1-400
 }
+
+# What a guard said of the process that was lost (hosts.py).
+reason_in() { sed -n 's/^memphis: \(process .*\): all processes stop.*/\1/p' "$1" | tail -n 1; }
 
 last_code() {
   case " ${codes[*]} " in

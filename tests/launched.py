@@ -20,7 +20,7 @@ STEPS = 5
 
 # Follows the contract of `memphis train`: checkpoints, 75 after SIGTERM to any, 76 when another is
 # lost, the same command goes on. control.json on the bucket: `hold`: the step before which it
-# waits; `fail`: [process, exit code]; `code`: of all, at once.
+# waits; `fail`: [process, exit code]; `code`: of all, at once; `say`: what all say, once.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -30,7 +30,7 @@ workdir = Path(sys.argv[sys.argv.index("--workdir") + 1])
 saved = workdir / "checkpoints"
 saved.mkdir(parents=True, exist_ok=True)
 job = (Path.home() / "memphis/job/id").read_text().strip()
-asked = []
+asked, said = [], []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 start = {"process": process, "argv": sys.argv, "job": job, "pid": os.getpid(),
          "cwd": os.getcwd(), "home": str(Path.home()), "environment": dict(os.environ)}
@@ -44,6 +44,9 @@ def steps():
 def check():
     if control("code") is not None:
         sys.exit(control("code"))
+    if control("say") and control("say") not in said:
+        said.append(control("say"))
+        print(said[-1], flush=True)
     if control("fail") and control("fail")[0] == process:
         print("\\n".join(f"line {n}" for n in range(40)) + f"\\nProcess {process} cannot go on")
         sys.exit(control("fail")[1])
