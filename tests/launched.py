@@ -266,7 +266,7 @@ CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}  # a host of v4 has f
 def set_up_pod(place: Place, *options: str) -> str:
     """What setting up said on stdout."""
     Cloud.make(place.cloud.folder, CPU)
-    place.environment["MEMPHIS_COORDINATOR_PORT"] = str(20000 + 2 * (os.getpid() % 10000))
+    place.environment["MEMPHIS_COORDINATOR_PORT"] = str(20000 + 2 * (os.getpid() % 6000))
     place.create("--spot", *options)
     output = place.ok("tpu_setup.sh", "pod").stdout
     place.prepare()

@@ -286,7 +286,7 @@ def test_a_bucket_that_the_workers_may_not_mount(pod: Place) -> None:
 def test_a_missing_device_is_noticed(bare: Place) -> None:
     with bare.cloud.state() as state:
         state["environment"]["JAX_NUM_CPU_DEVICES"] = "3"
-    bare.environment["MEMPHIS_COORDINATOR_PORT"] = str(20000 + 2 * (os.getpid() % 10000))
+    bare.environment["MEMPHIS_COORDINATOR_PORT"] = str(20000 + 2 * (os.getpid() % 6000))
     bare.create()
     result = bare.call("tpu_setup.sh", "pod")
     assert result.returncode == 1
