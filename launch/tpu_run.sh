@@ -220,6 +220,7 @@ describe_codes() {
       *) text+=", $who was killed (exit code ${codes[process]})" ;;
     esac
   done
+  [[ $reason != *"signal 9" ]] || reason+=", $memory"
   printf '%s' "${reason:+$reason; }${text:2}" | cut -c 1-400
 }
 

@@ -143,7 +143,8 @@ class Member:
             -1,
             self.group.process,
         ):
-            raise _Lost(self._lost or f"process {self.group.process} {ending(code)}: {advice()}")
+            why = ending(code)
+            raise _Lost(self._lost or f"process {self.group.process} {why}: {advice(why)}")
         return 1
 
     def _say(self, **message: Any) -> None:

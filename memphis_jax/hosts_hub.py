@@ -7,7 +7,6 @@ Lost is what failed, or is silent and has not ended; one host may well end long 
 
 import contextlib
 import json
-import signal
 import socket
 import sys
 import threading
@@ -35,14 +34,15 @@ class Group(NamedTuple):
     heartbeat: float  # seconds
 
 
-def advice() -> str:
-    return "all processes stop; the same command goes on from the last checkpoint"
+def advice(why: str = "") -> str:
+    told = "all processes stop; the same command goes on from the last checkpoint"
+    if why.endswith("signal 9"):
+        told += " (signal 9 is most often for lack of memory: 'dmesg' there tells)"
+    return told
 
 
 def ending(code: int) -> str:
     """What a child's exit code, as Popen has it, says to a user."""
-    if code == -signal.SIGKILL:
-        return "was killed by signal 9, most often for lack of memory ('dmesg' there tells)"
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
@@ -164,7 +164,7 @@ class Hub:
             if self._over:
                 return
             self._over = True
-            text = f"{self._names(indices)} {why}: {advice()}"
+            text = f"{self._names(indices)} {why}: {advice(why)}"
             self._tell(lost=text, blamed=indices[0], gentle=gentle)
 
     def _names(self, indices: list[int]) -> str:
