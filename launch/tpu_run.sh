@@ -163,7 +163,8 @@ progress() {
       --workdir=*) folder=${command[at]#*=} ;;
       *) continue ;;
     esac
-    [[ ! -d $folder/checkpoints ]] || ls "$folder/checkpoints"
+    # Whole ones: orbax writes into folders of other names and renames them.
+    [[ ! -d $folder/checkpoints ]] || find "$folder/checkpoints" -mindepth 1 -maxdepth 1 -regex '.*/[0-9]+' | sort
   done
 }
 

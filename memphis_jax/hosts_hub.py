@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from memphis_jax.errors import EXIT_PREEMPTED
 
 BEAT = 0.5  # seconds between signs of life
+LAST_WORD = 2.0  # seconds for the others to hear that one is lost
 GRACE = 10.0  # seconds for a process to end by itself when another ended with an error
 GOOD = (0, EXIT_PREEMPTED)  # exit codes of a child that is done
 
@@ -52,6 +53,7 @@ class _Peer:
     host: str
     heard: float = field(default_factory=time.monotonic)
     ended: bool = False
+    open: bool = True
 
 
 class Hub:
@@ -87,8 +89,16 @@ class Hub:
             time.sleep(BEAT / 5)
 
     def close(self) -> None:
-        self._over = True
+        """Lets what is being said reach all, who close their lines when they have heard it."""
+        with self._lock:
+            self._over = True
+        deadline = time.monotonic() + LAST_WORD
+        while any(peer.open for peer in self._others()) and time.monotonic() < deadline:
+            time.sleep(BEAT / 10)
         self._server.close()
+
+    def _others(self) -> list[_Peer]:
+        return [peer for index, peer in self._peers.items() if index != self.group.process]
 
     def _behind(self) -> list[int]:
         with self._lock:
@@ -117,7 +127,10 @@ class Hub:
                     self._end(index, message["ended"], message["sure"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        if index >= 0 and not self._peers[index].ended:
+        if index < 0:
+            return
+        self._peers[index].open = False
+        if not self._peers[index].ended:
             self._tell_lost([index], "its connection closed: killed, or its host is gone")
 
     def _arrive(self, index: int, peer: _Peer) -> None:

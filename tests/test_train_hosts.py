@@ -170,7 +170,7 @@ def test_sigterm_to_one_saves_on_all(world: Path) -> None:
     assert end(started) == [75] * 2
     saved = checkpoint.latest_step(world / "term")
     for text in said(world, "term"):
-        assert f"SIGTERM; step {saved} of {STEPS} is saved in" in text
+        assert f"sft: stopped; step {saved} of {STEPS} is saved in" in text
     assert saved % 4 or saved == step_of(world, "term")  # at that step, not at the next fourth
     assert end(start(world, "term", 2)) == [0] * 2, said(world, "term")
     assert [row["step"] for row in numbers(world, "term")] == list(range(1, STEPS + 1))
