@@ -1,8 +1,9 @@
 """The weights of a checkpoint, read from orbax's files piece by piece.
 
 A leaf is cut into chunks. Those of `from_hf` are files of plain bytes, one for each layer, and are
-read block by block. Those of a training are the shards of the mesh that saved it, compressed, and
-are decoded as a whole: reading goes chunk by chunk and keeps only what was asked for.
+read block by block. Those of a training are the shards of the mesh that saved it, one for each
+layer of a kernel, in orbax's own files: reading goes chunk by chunk and keeps only what was asked
+for.
 """
 
 import functools

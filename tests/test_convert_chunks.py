@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, tiny_model
 from jax.sharding import AxisType
 from reference_models import SMALL, make_hf, read_folder
 
@@ -15,7 +15,8 @@ from convert.from_hf import from_hf
 from convert.raw import block_buffer, blocks, mapped, transposed_block
 from convert.to_hf import to_hf
 from convert.verify import verify
-from memphis_jax.checkpoint import restore_model
+from convert.weights import open_checkpoint
+from memphis_jax.checkpoint import open_manager, restore_model, save
 from memphis_jax.model import flatten
 
 WHOLE = {"qk_layernorm": True, "use_qkv_bias": True, "num_key_value_heads": 2}
@@ -68,3 +69,14 @@ def test_matrices_of_several_blocks_and_a_rest(tmp_path):
         np.testing.assert_array_equal(np.concatenate(parts), value.T)
     with pytest.raises(OSError, match="ends before byte"):
         mapped(tmp_path / "file", 8, value.shape, dtype)
+
+
+def test_a_training_saves_a_layer_of_a_kernel_in_a_chunk(tmp_path):
+    """So an export reads, and holds, one layer at a time."""
+    model = tiny_model()
+    with open_manager(tmp_path, keep=1) as manager:
+        save(manager, 1, model, {})
+    saved = open_checkpoint(tmp_path)
+    for name, leaf in flatten(model).items():
+        chunk = saved.open(name).chunk_layout.read_chunk.shape
+        assert chunk == ((1, *leaf.shape[1:]) if leaf.ndim > 2 else leaf.shape), name
