@@ -16,49 +16,9 @@ from memphis_jax.rounds.files import sha256_file, sha256_folder
 
 def train(argv: Sequence[str]) -> None:
     """One training phase: the stage behind `memphis rounds`."""
-    parser = argparse.ArgumentParser(
-        prog="memphis train",
-        description="Train one phase into --workdir; started again, it resumes from there.",
-        epilog="Any config field can be set: --config.sft.optimizer.learning_rate=1e-5. On several "
-        "hosts: the same command on each, JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
-        "JAX_PROCESS_ID set, and --workdir on storage that all share. Exit code 75: SIGTERM, all "
-        "is saved (so it is after Ctrl-C, 130); 76: another host was lost; after each of them the "
-        "same command goes on.",
-    )
-    parser.add_argument("--config", required=True, help="configs/*.py, or a saved config.json")
-    parser.add_argument("--phase", required=True, choices=("sft", "rank"))
-    parser.add_argument("--workdir", required=True, type=Path, help="checkpoints and metrics")
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=Path,
-        help="sft: a folder of `memphis data`, or rows {prompt, rationale, target}; "
-        "rank: pairs.jsonl",
-    )
-    parser.add_argument(
-        "--init", type=Path, help="checkpoint folder to start from; without: random weights"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="folder with tokenizer.json; default: that of --init, or else of the --data folder",
-    )
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = _arguments(argv)
     config = configs.load(args.config, overrides)
-    if config.start.hf_folder and not args.init:
-        raise configs.ConfigError(
-            f"start.hf_folder = {config.start.hf_folder!r} without --init: convert it with `python "
-            "-m convert from-hf HF_FOLDER DIR` and give --init DIR, or set "
-            "--config.start.hf_folder='' for random weights"
-        )
-    for name in ("workdir", "data", "init"):
-        if re.match(r"\w+:/", text := str(getattr(args, name))):
-            raise configs.ConfigError(f"--{name} {text}: mount the bucket and give the path there")
-    if not args.data.exists():
-        raise configs.ConfigError(
-            f"--data {args.data}: no such file or folder; `memphis data --out DIR` makes one for "
-            "sft, `memphis pairs` one for rank"
-        )
+    _check_places(args, config)
     from memphis_jax import checkpoint
     from memphis_jax import train as training
     from memphis_jax.runtime import is_first, start_jax
@@ -103,8 +63,57 @@ def train(argv: Sequence[str]) -> None:
         identity=identity,
         mesh=mesh,
     )
-    if is_first():
+    if is_first():  # whole, also where the first copy was cut off
         checkpoint.copy_tokenizer(tokenizer_folder, args.workdir)
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="memphis train",
+        description="Train one phase into --workdir; started again, it resumes from there.",
+        epilog="Any config field can be set: --config.sft.optimizer.learning_rate=1e-5. On several "
+        "hosts: the same command on each, JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID set, and --workdir on storage that all share. Exit code 75: SIGTERM, all "
+        "is saved (so it is after Ctrl-C, 130); 76: another host was lost; after each of them the "
+        "same command goes on.",
+    )
+    parser.add_argument("--config", required=True, help="configs/*.py, or a saved config.json")
+    parser.add_argument("--phase", required=True, choices=("sft", "rank"))
+    parser.add_argument("--workdir", required=True, type=Path, help="checkpoints and metrics")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="sft: a folder of `memphis data`, or rows {prompt, rationale, target}; "
+        "rank: pairs.jsonl",
+    )
+    parser.add_argument(
+        "--init", type=Path, help="checkpoint folder to start from; without: random weights"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with tokenizer.json; default: that of --init, or else of the --data folder",
+    )
+    return parser.parse_known_args(argv)
+
+
+def _check_places(args: argparse.Namespace, config: configs.RunConfig) -> None:
+    """Raises ConfigError for what can be said of the folders before JAX starts."""
+    if config.start.hf_folder and not args.init:
+        raise configs.ConfigError(
+            f"start.hf_folder = {config.start.hf_folder!r} without --init: convert it with `python "
+            "-m convert from-hf HF_FOLDER DIR` and give --init DIR, or set "
+            "--config.start.hf_folder='' for random weights"
+        )
+    for name in ("workdir", "data", "init"):
+        if re.match(r"\w+:/", text := str(getattr(args, name))):
+            raise configs.ConfigError(f"--{name} {text}: mount the bucket and give the path there")
+    if not args.data.exists():
+        raise configs.ConfigError(
+            f"--data {args.data}: no such file or folder; `memphis data --out DIR` makes one for "
+            "sft, `memphis pairs` one for rank"
+        )
 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:
