@@ -165,6 +165,14 @@ class Place:
         output, errors = process.communicate(timeout=1200)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
+    def finish(self, process: subprocess.Popen[str]) -> tuple[str, str]:
+        """Lets the job run to its end, which is a good one; returns what was said."""
+        self.control()
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        self.check_finished()
+        return output, errors
+
     def ok(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
         result = self.call(script, *words)
         assert result.returncode == 0, result.stderr + result.stdout

@@ -20,10 +20,7 @@ def test_a_preempted_pod_is_replaced_set_up_and_goes_on(
     process = pod.run_and_wait_at(2)
     before = len(pod.cloud.calls())
     pod.cloud.preempt("pod", request_state)
-    pod.control()
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    pod.check_finished()
+    output, errors = pod.finish(process)
     assert len(pod.jobs()) == 2 and "process 0: step 4" in output
     if grace:
         assert "preempted, saved" in output
@@ -75,10 +72,7 @@ def test_maintenance_and_a_cloud_that_cannot_be_asked(pod: Place) -> None:
     wait_for(lambda: len(pod.cloud.calls(describe)) > asked + 1, "two looks in vain")
     with pod.cloud.state() as state:
         state["deny"] = {}
-    pod.control()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    pod.check_finished()
+    pod.finish(process)
     assert len(pod.jobs()) == 1 and len(pod.cloud.calls("queued-resources create")) == 1
 
 
@@ -99,10 +93,7 @@ def test_a_network_outage_is_no_lack_of_permission(pod: Place, said: str) -> Non
     wait_for(lambda: len(pod.cloud.calls(describe)) > asked + 1, "two looks in vain")
     with pod.cloud.state() as state:
         state["deny"] = {}
-    pod.control()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    pod.check_finished()
+    pod.finish(process)
 
 
 def test_a_deleted_pod_is_not_requested_again_by_what_ran_there(pod: Place) -> None:
@@ -161,10 +152,7 @@ def test_a_request_in_vain_is_repeated(pod: Place) -> None:
     wait_for(lambda: len(pod.cloud.calls(create)) > 1, "a request in vain")
     with pod.cloud.state() as state:
         state["deny"] = {}
-    pod.control()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    pod.check_finished()
+    pod.finish(process)
 
 
 def test_stop(pod: Place) -> None:

@@ -67,10 +67,7 @@ def test_a_lost_host_is_no_reason_for_a_new_pod(pod: Place) -> None:
     (victim,) = [start["pid"] for start in pod.starts() if start["process"] == 1]
     os.kill(victim, signal.SIGKILL)
     wait_for(lambda: len(pod.jobs()) == 2, "another try")
-    pod.control()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    pod.check_finished()
+    _, errors = pod.finish(process)
     assert "pod worker 0 lost another one" in errors
     assert "pod worker 1 was killed by signal 9 (exit code 137), most often for lack of" in errors
     assert len(pod.cloud.calls("queued-resources create")) == 1
@@ -154,10 +151,7 @@ def test_a_cut_connection_starts_nothing_twice(pod: Place) -> None:
     assert pod.cloud.cut("pod") == 2
     time.sleep(1)
     assert pod.cloud.cut("pod") == 2
-    pod.control()
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    pod.check_finished()
+    output, _ = pod.finish(process)
     assert len(pod.starts()) == 2
     assert output.splitlines() == [f"process 0: step {n}" for n in range(STEPS)]
 

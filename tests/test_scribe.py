@@ -74,6 +74,8 @@ def test_a_newer_config_field_does_not_stop_an_older_run(tmp_path: Path) -> None
     (tmp_path / "ledger").mkdir()
     write_json(tmp_path / "ledger" / "data.json", {"outputs": {"data": "0"}})
     claim(tmp_path, dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, task="sums")))
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert again["data"]["task"] == "sums" and "merge" in again
 
 
 def test_the_merge_of_a_run_may_change_and_nothing_else(tmp_path: Path) -> None:
