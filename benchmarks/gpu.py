@@ -30,7 +30,7 @@ from benchmarks.harness import (
 from memphis_jax.plan_cost import model_flops
 
 ABOUT = "GPU: the 3B, bfloat16 compute"
-INSTALL = "pip install 'memphis-jax[cuda12]' on a machine with one, or --tiny to try the script"
+INSTALL = "pip install -e '.[cuda12]' on a machine with one, or --tiny to try the script"
 ENGINES = {  # with the micro-batch that --quick takes
     "JAX, remat dots": Case("jax", rows=4, remat="dots"),
     "torch + flash, compiled": Case("torch compiled", rows=4, remat="full"),

@@ -114,7 +114,7 @@ def _obstacle(
             return f"seq_len = {seq_len} is not a multiple of {BLOCKS[-1]}; round it up, or 'xla'"
         return ""
     if rocm or not _has_cudnn():
-        return "JAX finds no cuDNN here; install 'memphis-jax[cuda12]', or use 'xla'"
+        return "JAX finds no cuDNN here; pip install -e '.[cuda12]' in the checkout, or use 'xla'"
     if dtype not in ("bfloat16", "float16"):
         return f"it does not take compute.dtype = {dtype!r}; use 'bfloat16', or 'xla'"
     if head_dim % 8 or head_dim > CUDNN_HEAD_DIM:

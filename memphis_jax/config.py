@@ -423,6 +423,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         )
         surplus = values(words)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{' '.join(overrides)}: {error}") from None
+        inner, told = next(iter(error.args), None), str(error)
+        if isinstance(inner, KeyError):  # of ml_collections: 'x'\nDid you mean "y" instead of "x"?
+            told = f"there is no field {inner.args[0]}".replace("\n", ". ")
+        raise ConfigError(f"{' '.join(overrides)}: {told}") from None
     require(not surplus, f"unknown arguments: {' '.join(surplus)}")
     return build(RunConfig, holder.value.to_dict())

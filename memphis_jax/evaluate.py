@@ -47,7 +47,7 @@ def evaluate(argv: Sequence[str]) -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            f"lm-eval is missing ({error}): pip install 'memphis-jax[eval]'"
+            f"lm-eval is missing ({error}): pip install -e '.[eval]' in the checkout"
         ) from error
     model = describe(args.model)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,9 @@ def write_card(
     records.sort(key=lambda record: record["started"])
     scores, merge = evals(workdir, stage), read_json(hf / "merge.json")
     start = config["start"]["hf_folder"]
+    start_name = Path(start).name
+    if start_name == "hf":  # an export of a run: the name would say nothing
+        start_name = "a model of an earlier run"
     from_scratch = not start or bool(config["start"]["rounds_config"])
     repos = [
         row["origin"]["repo"]
@@ -71,7 +74,8 @@ def write_card(
         if "repo" in row["origin"]
     ]
     data = ModelCardData(
-        language="en",
+        # The named data sets are English; what is in files of one's own nobody has said.
+        language=None if config["data"]["source"] == "jsonl" else "en",
         base_model=base_model or None,
         license=license,
         library_name="transformers",
@@ -88,7 +92,7 @@ def write_card(
         "name": data.model_name,
         "model_id": repo or ".",
         "license": license,
-        "start": base_model or ("" if from_scratch else Path(start).name),
+        "start": base_model or ("" if from_scratch else start_name),
         "data_sets": manifest.get("data_sets", {}),
         "evaluation": [
             name
@@ -168,7 +172,7 @@ def evals(workdir: Path, stage: str) -> list[Row]:
         model = path.parent.name.removesuffix("-lm")
         about = {"model": model, "this": model == this_model}
         rows += [{**about, **row} for row in harness_rows(read_json(path)["tasks"])]
-    for path in sorted((workdir / "eval").glob("*.json")):
+    for path in sorted((workdir / "eval").glob("*.json"), key=_place):
         found = read_json(path)
         for split in ("validation", "test"):
             for kind in ("greedy", "sampled"):
@@ -188,6 +192,12 @@ def evals(workdir: Path, stage: str) -> list[Row]:
                     }
                 )
     return rows
+
+
+def _place(path: Path) -> tuple[bool, int, str]:
+    """sft.json, round1.json, ..., round10.json: in the order in which a run makes them."""
+    digits = "".join(filter(str.isdigit, path.stem))
+    return path.stem != "sft", int(digits or 0), path.stem
 
 
 def harness_rows(tasks: Mapping[str, Row]) -> list[Row]:

@@ -160,6 +160,11 @@ def test_wrong_overrides_are_refused(path: str, override: str) -> None:
         load(path, [override])
 
 
+def test_a_misspelt_field_is_told_in_words(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"there is no field 'epoch'\. Did you mean \"epochs\""):
+        load(path, ["--config.sft.epoch=2"])
+
+
 def test_saved_config_is_read_back(path: str, tmp_path: Path) -> None:
     config = load(path, ["--config.sft.epochs=2"])
     saved = tmp_path / "config.json"

@@ -173,6 +173,8 @@ def test_eos_is_read_in_every_form_hugging_face_writes(tmp_path):
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         prompts.load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        prompts.load_tokenizer(tmp_path / "none")
     save_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no eos_token"):
         prompts.load_tokenizer(tmp_path)

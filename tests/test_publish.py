@@ -311,6 +311,28 @@ def test_the_hubs_own_names_pass(run: Path, tmp_path: Path) -> None:
         assert ModelCard.load(tmp_path / "out" / "README.md").data.license == name
 
 
+def test_a_model_of_ones_own_data(run: Path, tmp_path: Path) -> None:
+    """An earlier run's export has no name of its own; nobody said the language of the files."""
+    own = tmp_path / "mine"
+    shutil.copytree(run, own)
+    config = json.loads((own / "config.json").read_text())
+    config["start"] = {**config["start"], "hf_folder": "runs/demo/round4/hf", "rounds_config": ""}
+    config["data"]["source"] = "jsonl"
+    write_json(own / "config.json", config)
+    (own / "results.json").unlink()
+    (own / "eval").mkdir()
+    for name in ("round10", "round2", "sft"):
+        cells = {"test_greedy": 0.5, "test_sampled": 0.5}
+        write_json(own / "eval" / f"{name}.json", {**cells, "test_questions": 30})
+    out = tmp_path / "out"
+    publish.publish([str(own / "merged/hf"), "--workdir", str(own), "--out", str(out), "--card"])
+    text = (out / "README.md").read_text()
+    assert "A finetune of a model of an earlier run, merged back with its start." in text
+    assert "language:" not in text
+    places = [text.index(f"| {name} | held-out") for name in ("sft", "round2", "round10")]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"start": {"hf_folder": ""}}'])
 def test_a_broken_record_is_named(run: Path, tmp_path: Path, text: str) -> None:
     workdir = tmp_path / "run"

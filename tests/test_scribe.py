@@ -23,7 +23,7 @@ from memphis_jax.rounds.files import read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.run import claim
 from memphis_jax.rounds.scribe import Scribe
 from memphis_jax.rounds.scribe import _check as check
-from memphis_jax.rounds.sweep import accuracy, best_t, points
+from memphis_jax.rounds.sweep import accuracy, best_t, own_ids, points
 
 REPO = Path(__file__).parents[1]
 CONFIGS = REPO / "configs"
@@ -105,6 +105,20 @@ def test_the_second_skill_is_another_kind_of_question() -> None:
 
 
 # --- scores and the sweep
+
+
+def test_questions_of_two_runs_are_told_apart(tmp_path: Path) -> None:
+    """Every run numbers its questions alike; a sampler takes no id twice."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("sums", "more", "other")}
+    for name, path in files.items():
+        first = "test-0" if name != "other" else "q"
+        write_jsonl(path, [{"id": first, "prompt": name}, {"id": f"{name}-1", "prompt": "x"}])
+    apart = {name: files[name] for name in ("sums", "other")}
+    assert own_ids(apart, tmp_path / "questions") == apart
+    copies = own_ids(files, tmp_path / "questions")
+    rows = {name: read_jsonl(path) for name, path in copies.items()}
+    assert {name: found[0]["prompt"] for name, found in rows.items()} == {n: n for n in files}
+    assert len({row["id"] for found in rows.values() for row in found}) == 6
 
 
 def scored(*shares: tuple[float, float]) -> list[dict[str, Any]]:

@@ -112,6 +112,8 @@ def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, int]:
     if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer.json in {folder}: save the tokenizer there in Hugging Face form"
+            if folder.is_dir()
+            else f"there is no folder {folder}, which should hold the tokenizer (tokenizer.json)"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -30,7 +30,10 @@ def read_questions(paths: Sequence[str], limit: int, seed: int) -> list[dict[str
         for number, row in enumerate(read_jsonl(path), start=1):
             for name in ("id", "prompt"):
                 if not isinstance(row.get(name), str):
-                    raise ValueError(f"{path}, line {number}: {name!r} must be text: {row}"[:300])
+                    raise ValueError(
+                        f"{path}, line {number}: {name!r} must be text (`memphis data` writes "
+                        f"questions with ids): {row}"[:300]
+                    )
             if row["id"] in seen:
                 raise ValueError(f"{path}, line {number}: the id {row['id']!r} is there twice")
             seen.add(row["id"])

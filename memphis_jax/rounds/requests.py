@@ -24,6 +24,8 @@ class Output(NamedTuple):
     finish_reason: str  # "stop" (EOS or stop text) or "length"
 
 
+SEEDS = 2**63  # what a JAX key takes
+
 # Every other field that shapes a distribution, at the value that leaves it alone.
 NEUTRAL: dict[str, Any] = {
     "n": 1,
@@ -42,7 +44,12 @@ NEUTRAL: dict[str, Any] = {
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that both engines take, with the same defaults."""
     add = parser.add_argument
-    add("--questions", required=True, nargs="+", help="JSON Lines {id, prompt}")
+    add(
+        "--questions",
+        required=True,
+        nargs="+",
+        help="JSON Lines {id, prompt}, as `memphis data` writes them",
+    )
     add("--out", required=True, type=Path, help="folder for blocks and completions.jsonl")
     add("--num-samples", type=int, default=8, help="answers per question")
     add("--temperature", type=float, default=0.5, help="0 = greedy")
@@ -59,5 +66,9 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
     for name in ("num_samples", "max_new_tokens", "batch_questions"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if args.num_questions < 0:
+        parser.error(f"--num-questions {args.num_questions} is under 0; 0 takes all")
+    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
         parser.error(f"--temperature {args.temperature} must be >= 0, --top-p {args.top_p} in 0..1")
+    if not 0 <= args.seed < SEEDS:
+        parser.error(f"--seed {args.seed} must be from 0 to 2^63 - 1")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memphis_jax import config as configs
-from memphis_jax.rounds.files import read_completions, read_jsonl, write_json
+from memphis_jax.rounds.files import read_completions, read_jsonl, write_json, write_jsonl
 from memphis_jax.rounds.ledger import locked
 from memphis_jax.rounds.recipe import CONVERT, MEMPHIS, Recipe
 from memphis_jax.rounds.run import claim
@@ -166,6 +166,24 @@ def print_sweep(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def own_ids(tasks: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """{task: questions.jsonl} of which no two share an id; copies in `folder` where they did.
+
+    Every run numbers its questions alike, so those of two runs cannot be answered together as they
+    are.
+    """
+    rows = {name: read_jsonl(path) for name, path in tasks.items()}
+    ids = [row.get("id") for one in rows.values() for row in one]
+    if len(set(ids)) == len(ids):
+        return dict(tasks)
+    folder.mkdir(exist_ok=True)
+    copies = {}
+    for number, (name, one) in enumerate(rows.items()):
+        copies[name] = folder / f"{number}.jsonl"
+        write_jsonl(copies[name], ({**row, "id": f"{number}-{row.get('id')}"} for row in one))
+    return copies
+
+
 def command(args: argparse.Namespace, how: configs.MergeConfig, overrides: Sequence[str]) -> None:
     """`memphis merge --sweep`."""
     try:
@@ -192,7 +210,10 @@ def command(args: argparse.Namespace, how: configs.MergeConfig, overrides: Seque
     with locked(args.out):
         claim(args.out, config)
         recipe = Recipe(args.out, config)
-        questions = {name: {"validation": path} for name, path in tasks.items()}
+        questions = {
+            name: {"validation": path}
+            for name, path in own_ids(tasks, args.out / "questions").items()
+        }
         rows = sweep(recipe, args.a, args.b, questions, options=options)
         best = best_t(rows)
         write_json(args.out / "sweep.json", {"sweep": rows, "best_t": best})
