@@ -13,7 +13,7 @@ from helpers import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from memphis_jax.config import ConfigError, MergeConfig
-from memphis_jax.interpolate import interpolate, sums, weights
+from memphis_jax.interpolate import Sums, interpolate, sums, weights
 from memphis_jax.merge import merge, merge_folders
 from memphis_jax.rounds.certificate import check_certificate, file_hashes
 from memphis_jax.rounds.files import write_json
@@ -139,6 +139,22 @@ def test_closed_forms() -> None:
     assert interpolate(0 * b, 0 * b, 0.5).tolist() == [0.0, 0.0, 0.0]
     # linear
     assert interpolate(a, b, 0.25, "linear")[:2].tolist() == [2.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("total", "branch", "why"),
+    [
+        (Sums(0.0, 4.0, 0.0), "slerp", "norm 0, taken as orthogonal"),
+        (Sums(4.0, 0.0, 0.0), "slerp", "norm 0, taken as orthogonal"),
+        (Sums(0.81e-16, 1.0, 0.9e-8), "slerp", "norm 0, taken as orthogonal"),  # norm 0.9e-8
+        (Sums(1.44e-16, 1.0, 1.2e-8), "linear", "parallel"),  # 1.2e-8 has a direction
+        (Sums(1.0, 4.0, 2.0), "linear", "parallel"),  # an angle of 0 has no arc
+        (Sums(1.0, 4.0, -2.0), "linear", "antiparallel"),
+    ],
+)
+def test_tensors_without_a_direction_or_an_angle(total: Sums, branch: str, why: str) -> None:
+    by = weights("slerp", 0.5, total, threshold=1.0)
+    assert (by.branch, by.why) == (branch, why)
 
 
 def test_equal_tensors_stay_to_the_bit_in_every_dtype() -> None:
