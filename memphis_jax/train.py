@@ -7,7 +7,7 @@ refused otherwise. `memphis train --help` is the stage that `memphis rounds` run
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,12 @@ def run(
         _writer(workdir, start, len(loader), phase) as writer,
     ):
         meter, ended = Meter(), False
+        batch = _next_batch(batches, mesh)
         while step < loader.num_steps and not ended:
             step += 1
-            batch = next(batches)
-            if mesh is not None:
-                batch = global_batch(batch, mesh, jax.process_index())
             state, metrics = step_fn(state, batch)
+            position = batches.get_state()
+            batch = _next_batch(batches, mesh)  # the next step's, while the devices compute
             meter.count(metrics)
             last = step == loader.num_steps
             if writer and (last or step % settings.log_every == 0):
@@ -104,7 +104,7 @@ def run(
             stop = int(metrics["skipped_in_a_row"]) >= MAX_SKIPPED_IN_A_ROW
             ended = preemption.asked(step) or stop
             if last or ended or step % settings.checkpoint_every == 0:
-                meta = {"identity": identity, "loader": batches.get_state(), "step": step}
+                meta = {"identity": identity, "loader": position, "step": step}
                 checkpoint.save(manager, step, state.model, meta, state.without_model())
     _check_not_stopped(state, phase, workdir, settings, loader.num_steps)
     if is_first() and (skipped := int(state.skipped)):
@@ -117,6 +117,14 @@ def run(
             preemption.exit_code,
         )
     return state
+
+
+def _next_batch(batches: Iterator[Any], mesh: Mesh | None) -> Any:
+    """The next batch on its devices; None behind the last."""
+    batch = next(batches, None)
+    if batch is None or mesh is None:
+        return batch
+    return global_batch(batch, mesh, jax.process_index())
 
 
 def _writer(workdir: Path, start: int, num_steps: int, phase: str) -> Any:
