@@ -393,6 +393,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         not_negative(self, "seed")
+        require(self.seed < 2**32, f"seed = {self.seed} must be below 2^32")
         if self.data.source != "procedural" and not self.start.hf_folder:
             require(
                 bool(self.data.tokenizer),

@@ -83,18 +83,24 @@ def sample_tokens(
     """One token per row: argmax at temperature 0, else softmax(logits / temperature) within top_p.
 
     logits [B, V] float32, keys [B, 2] uint32 -> [B] int32. One uniform number per row inverts the
-    cumulative distribution.
+    cumulative distribution. A row whose logits are not finite gets -1, which is no token.
     """
+    drawn = _draw(logits, keys, temperature=temperature, top_p=top_p)
+    return jnp.where(jnp.isfinite(logits.max(-1)), drawn, -1).astype(jnp.int32)
+
+
+def _draw(logits: jax.Array, keys: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
     if temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.argmax(logits, axis=-1)
     probabilities = jax.nn.softmax(logits / temperature, axis=-1)
     if top_p < 1.0:
         probabilities = jnp.where(top_p_mask(probabilities, top_p), probabilities, 0.0)
-    cumulative = jnp.cumsum(probabilities, axis=-1)
+    # A float32 cumsum may wobble where nothing is added: an excluded token could be drawn, or none
+    # where it ends above all that can be drawn, and argmax would say token 0.
+    cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
     uniform = jax.vmap(jax.random.uniform)(keys)  # [B], in [0, 1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    # A float32 cumsum may wobble: without the second condition an excluded token could be drawn.
-    return jnp.argmax((cumulative > threshold) & (probabilities > 0), axis=-1).astype(jnp.int32)
+    threshold = uniform[:, None] * cumulative.max(-1, keepdims=True)
+    return jnp.argmax(cumulative > threshold, axis=-1)
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -85,7 +85,8 @@ def stream(
       pad: the length that prompts are padded to; each one is compiled.
       spread: puts arrays of rows on the devices that the model is on, which divide batch_size.
 
-    Raises ValueError where a prompt and its max_new_tokens exceed max_position_embeddings.
+    Raises ValueError where a prompt and its max_new_tokens exceed max_position_embeddings, and
+    RuntimeError where the model's logits are not finite.
     """
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     lengths = [len(prompt) for prompt in prompts]
@@ -119,7 +120,7 @@ def stream(
             eos_id=eos_id,
             dtype=dtype,
         )
-        drawn, live, finished = np.asarray(block).tolist(), [], []
+        drawn, live, finished = _drawn(block), [], []
         for row in pool.rows:
             if completion := _take(row, drawn[row.place], eos_id, stops):
                 finished.append((row.index, completion))
@@ -129,6 +130,16 @@ def stream(
         if finished:
             on_progress(len(finished), sum(len(done.tokens) for _, done in finished))
         yield from finished
+
+
+def _drawn(block: jax.Array) -> list[list[int]]:
+    tokens = np.asarray(block)
+    if (tokens < 0).any():  # see decode.sample_tokens
+        raise RuntimeError(
+            "the model's logits are not finite: its weights hold NaN or infinity, or overflow in "
+            "this dtype; sample from an earlier checkpoint"
+        )
+    return tokens.tolist()
 
 
 def _most_pages(model: StableLM, lengths: Sequence[int], limits: Sequence[int], block: int) -> int:

@@ -180,8 +180,9 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('{"seed": ')
     with pytest.raises(ConfigError, match=r"cut\.json is no JSON"):
         load(str(tmp_path / "cut.json"))
-    with pytest.raises(ConfigError, match="seed"):
-        load("configs/tiny.py", ["--config.seed=-1"])
+    for seed in (-1, 2**32):
+        with pytest.raises(ConfigError, match=f"seed = {seed} must be"):
+            load("configs/tiny.py", [f"--config.seed={seed}"])
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="get_config"):
         load(str(tmp_path / "empty.py"))

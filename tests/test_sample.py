@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from sampled import CONTEXT, chain_model, save_checkpoint, save_tokenizer, small_model
 from sampled import write_questions as write
@@ -132,6 +133,11 @@ def test_answers_to_other_prompts_or_of_other_weights_are_refused(
         ("--batch-questions 0", "--batch-questions 0 must be 1 or more"),
         ("--temperature -1", "--temperature -1.0 must be >= 0"),
         ("--top-p 0", "--top-p 0.0 in 0..1"),
+        ("--temperature nan", "--temperature nan must be >= 0"),
+        ("--temperature inf", "--temperature inf must be >= 0"),
+        ("--seed -1", "--seed -1 must be from 0 to 2^63 - 1"),
+        ("--seed 9223372036854775808", "--seed 9223372036854775808 must be from 0"),
+        ("--num-questions -5", "--num-questions -5 is under 0"),
     ],
 )
 def test_an_impossible_option_is_refused(
@@ -140,6 +146,16 @@ def test_an_impossible_option_is_refused(
     with pytest.raises(SystemExit):
         main(words(Path("c"), Path("q"), Path("o"), *options.split()))
     assert told in capsys.readouterr().err
+
+
+def test_weights_that_give_no_number_answer_nothing(tmp_path: Path) -> None:
+    """argmax of NaN is token 0, often EOS: every answer would be empty."""
+    broken = jax.tree.map(lambda leaf: leaf.at[..., -1].set(jnp.nan), small_model())
+    folder, questions = save_checkpoint(tmp_path / "nan", broken), write(tmp_path / "q.jsonl", 2)
+    for temperature in ("0", "1"):
+        with pytest.raises(SystemExit, match="logits are not finite: its weights hold NaN"):
+            main(words(folder, questions, tmp_path / "out", "--temperature", temperature))
+    assert not list(tmp_path.glob("out/**/*.jsonl"))
 
 
 def says(folder: Path, prompt: str, text: str, end: str) -> tuple[Path, list[int]]:

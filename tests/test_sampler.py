@@ -346,3 +346,19 @@ def test_a_token_outside_top_p_is_never_drawn() -> None:
         jnp.repeat(logits, 16, axis=0), jnp.asarray(padded), temperature=1.0, top_p=0.5
     )
     assert allowed[0][tokens].all()
+
+
+def test_the_last_of_what_is_allowed_is_drawn_where_the_sum_ends_above_it() -> None:
+    """Not token 0, which many tokenizers call EOS: what argmax says of a row without a True."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 1.5, (256, 50_304)), jnp.float32)
+    probabilities = jax.nn.softmax(logits)
+    allowed = np.asarray(top_p_mask(probabilities, 0.3))
+    cumulative = np.asarray(jnp.cumsum(jnp.where(allowed, probabilities, 0.0), axis=-1))
+    largest = np.array([[1, 1_415_738]], np.uint32)  # its uniform number is the largest below 1
+    threshold = np.asarray(jax.random.uniform(largest[0])) * cumulative[:, -1]
+    none = np.where(allowed, cumulative, 0).max(-1) <= threshold
+    assert none.any(), "choose other logits: the sum of none of these wobbles so"
+    keys = jnp.asarray(np.repeat(largest, none.sum(), axis=0))
+    tokens = np.asarray(sample_tokens(logits[none], keys, temperature=1.0, top_p=0.3))
+    assert allowed[none][np.arange(len(tokens)), tokens].all()

@@ -80,8 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--uncertified", action="store_true", help="take a folder without a valid certificate")
     args = parser.parse_args(argv)
     check_sampling_options(parser, args)
-    least = {"tensor_parallel_size": 1, "data_parallel": 1, "num_questions": 0}
-    for name, value in {**least, "rescore": 0, "gather": 0}.items():
+    least = {"tensor_parallel_size": 1, "data_parallel": 1, "rescore": 0, "gather": 0}
+    for name, value in least.items():
         if getattr(args, name) < value:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is under {value}")
     return args
