@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,16 +188,14 @@ def _batches(
         return loader.sft_loader(built, slots=slots, **sizes), manifest["sft_sha256"]
     reader = examples.read_cot_examples if args.phase == "sft" else examples.read_groups
     items, dropped = reader(args.data, tokenizer, eos_id, settings.seq_len)
+    reasons = "".join(f"; dropped {count}: {reason}" for reason, count in dropped.most_common())
+    rows = f"{args.data}: {len(items)} of {len(items) + dropped.total()} rows{reasons}"
+    if not items:
+        raise configs.ConfigError(f"{rows}; there is nothing to train on")
     if process == 0:
-        _report_rows(args.data, len(items), dropped)
+        print(rows, file=sys.stderr, flush=True)
     make_loader: Any = loader.sft_loader if args.phase == "sft" else loader.rank_loader
     return make_loader(items, **sizes), sha256_file(args.data)
-
-
-def _report_rows(path: Path, kept: int, dropped: Counter[str]) -> None:
-    total = kept + sum(dropped.values())
-    reasons = "".join(f"; dropped {count}: {reason}" for reason, count in dropped.most_common())
-    print(f"{path}: {kept} of {total} rows{reasons}", file=sys.stderr, flush=True)
 
 
 def _first_state(

@@ -258,3 +258,9 @@ def test_ranking_starts_from_weights_and_statistics_of_sft(world: Path) -> None:
         np.testing.assert_array_equal(after[name], before[name])
     distance = np.abs(after["norm/scale"] - before["norm/scale"]).max()
     assert 0 < distance < 0.1
+
+    long = {**pairs[0], "prompt": "word " * 200}
+    (world / "pairs.jsonl").write_text(json.dumps(long) + "\n")
+    done = train(world, "no rank", "--init", init, phase="rank")
+    told = "0 of 1 rows; dropped 1: longer than seq_len = 96 tokens; there is nothing to train on\n"
+    assert done.returncode == 1 and done.stderr.endswith(told)
