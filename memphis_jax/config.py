@@ -164,7 +164,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("name", self.name, ("adalite", "adamw"))
         positive(self, "learning_rate", "eps", "adam_eps")
-        not_negative(self, "clip_norm", "lambda_", "weight_decay")
+        not_negative(self, "clip_norm", "lambda_", "beta_decay", "weight_decay")
         share(self, "warmup_ratio", "momentum", "b1", "b2")
         for name in ("momentum", "b1", "b2"):
             require(getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be below 1")

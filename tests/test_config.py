@@ -85,6 +85,7 @@ def test_defaults_are_filled_in() -> None:
         ("sft.neftune_alpha", -1, r"neftune_alpha = -1\.0 must be 0 or greater"),
         ("sft.neftune_alpha", float("nan"), r"neftune_alpha = nan"),
         ("sft.optimizer.learning_rate", float("nan"), r"learning_rate = nan"),
+        ("sft.optimizer.beta_decay", -0.8, r"beta_decay = -0.8 must be 0 or greater"),
         ("sft.accumulation", 3, r"batch_size = 4 is not divisible by accumulation = 3"),
         ("sft.optimizer.name", "adam", r"name = 'adam' is not one of 'adalite', 'adamw'"),
         ("compute.dtype", "float16", r"dtype = 'float16' is not one of 'float32', 'bfloat16'"),
