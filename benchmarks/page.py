@@ -13,10 +13,10 @@ NAMES = [
 ]
 HEAD = """# Performance
 
-Every figure on this page was printed by the command above its table, peers side by side in one
-run, in turns: medians (least-most). The page is made of [performance/](performance) by
-`python -m benchmarks page`; the text beneath a table says what was found by profiling and what was
-tried. Where we lose, the table says so.
+Every table on this page was printed by the command above it. Programs that are compared ran in the
+same command, in turns; a cell shows the median (least-most). The text beneath the tables says where
+we lose and what profiling found. `python -m benchmarks page` makes this page of
+[performance/](performance).
 """
 
 
@@ -29,7 +29,13 @@ def page(folder: Path) -> str:
     parts, absent = [HEAD], []
     for name in NAMES:
         results = sorted(folder.glob(f"{name}*.json"))
-        parts += [section(json.loads(path.read_text())) for path in results]
+        heading = ""
+        for path in results:
+            result = json.loads(path.read_text())
+            if result["about"] != heading:  # the parts of one benchmark share a heading
+                heading = result["about"]
+                parts.append(f"## {heading}\n")
+            parts.append(section(result))
         if not results:
             absent.append(name)
         if (folder / f"{name}.md").is_file():
@@ -43,8 +49,6 @@ def section(result: dict[str, Any]) -> str:
     at = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in at["versions"].items() if v != "not installed")
     lines = [
-        f"## {result['about']}",
-        "",
         f"    {result['command']}",
         "",
         f"{at['processor']}, {at['cores']} cores, {at['memory_gb']} GB, load "
