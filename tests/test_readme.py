@@ -29,6 +29,6 @@ def test_commands_named_in_the_readme_exist() -> None:
     from memphis_jax.__main__ import COMMANDS
 
     text = (REPO / "README.md").read_text()
-    listed = re.search(r"about each stage: (.*?)\.\n", text, re.DOTALL)
+    listed = re.search(r"each stage: (.*?)\.\n", text, re.DOTALL)
     assert listed is not None
     assert set(re.findall(r"`(\w+)`", listed[1])) | {"rounds"} == set(COMMANDS)
