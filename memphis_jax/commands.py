@@ -41,7 +41,7 @@ def train(argv: Sequence[str]) -> None:
         "settings": _without(
             settings, "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"
         ),
-        "compute": _without(config.compute, "remat", "attention", "logprob_chunk"),
+        "compute": _without(config.compute, "remat", "attention", "logprob_chunk", "profile_step"),
         "seed": config.seed,
         "data_sha256": data_sha256,
         "tokenizer_sha256": sha256_file(tokenizer_folder / "tokenizer.json"),

@@ -56,12 +56,14 @@ class ComputeConfig:
     remat: str = "full"  # what the backward pass recomputes: REMAT
     attention: str = "auto"  # ATTENTION; "auto" = the fastest that honours segments, by platform
     logprob_chunk: int = 512  # tokens whose logits exist at once, on each device
+    profile_step: int = 0  # it and the next two are traced into WORKDIR/profile; 0 = none
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         one_of("remat", self.remat, tuple(REMAT))
         one_of("attention", self.attention, ATTENTION)
         positive(self, "logprob_chunk")
+        not_negative(self, "profile_step")
 
 
 # What a row of one's own must have, by template: column names are given for one of these sets.

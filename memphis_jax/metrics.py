@@ -57,7 +57,7 @@ class MetricsWriter:
         self._file.write(json.dumps(row) + "\n")
         for name, value in finite.items():
             self._board.add_scalar(name, value, step)
-        shown = ("loss", "rank_margin", "learning_rate", "tokens_per_second")
+        shown = ("loss", "rank_margin", "learning_rate", "tokens_per_second", "mfu")
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
         if self._bar:
             self._bar.update(self._task, completed=step, numbers=numbers)

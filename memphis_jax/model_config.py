@@ -82,11 +82,17 @@ class ModelConfig:
         values |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
         values.setdefault("num_key_value_heads", values.get("num_attention_heads", 32))
         aliases = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
-        if "hidden_act" in values:
-            values["hidden_act"] = aliases.get(values["hidden_act"], values["hidden_act"])
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = values["eos_token_id"][0]
-        return build(cls, values, "config.json")
+        if isinstance(act := values.get("hidden_act"), str):
+            values["hidden_act"] = aliases.get(act, act)
+        if isinstance(eos := values.get("eos_token_id"), list):
+            values["eos_token_id"] = eos[0] if eos else None
+        config = build(cls, values, "config.json")
+        require(
+            hf.get("head_dim") in (None, config.head_dim),
+            f"head_dim = {hf.get('head_dim')!r} is not hidden_size / num_attention_heads = "
+            f"{config.head_dim}",
+        )
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """config.json for transformers (4.38 or later: model_type stablelm) and for vLLM."""
@@ -108,16 +114,12 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         require(value == 0, f"{name} = {value}: dropout is not supported, set it to 0")
     for name in ("rope_scaling", "quantization_config"):
         require(not hf.get(name), f"{name} = {hf.get(name)!r} is not supported, remove it")
-    rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
+    rope = hf.get("rope_parameters") or {}
+    require(isinstance(rope, Mapping), f"rope_parameters = {rope!r} must be a section with fields")
+    rope_type = rope.get("rope_type", "default")
     require(
         rope_type == "default",
         f"rope_parameters.rope_type = {rope_type!r} is not supported: only 'default' (no scaling)",
     )
-    factor = hf.get("rotary_scaling_factor", 1.0)
-    require(factor == 1.0, f"rotary_scaling_factor = {factor} is not supported, only 1.0")
-    if hf.get("head_dim") is not None:
-        derived = hf.get("hidden_size", 2560) // hf.get("num_attention_heads", 32)
-        require(
-            hf["head_dim"] == derived,
-            f"head_dim = {hf['head_dim']} is not hidden_size / num_attention_heads = {derived}",
-        )
+    factor = hf.get("rotary_scaling_factor")
+    require(factor in (None, 1), f"rotary_scaling_factor = {factor!r} is not supported, only 1.0")

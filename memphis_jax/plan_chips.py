@@ -26,6 +26,7 @@ class Chip:
     most: int  # chips in a pod
     ring: int  # a dimension of this size (or a multiple, in 3D) closes to a ring
     devices: int  # that JAX sees per chip: FLOP/s, memory and links are the whole chip's
+    kind: str  # JAX's device_kind of them
     source: str
 
 
@@ -51,6 +52,7 @@ CHIPS = {
         4096,
         4,
         1,
+        "TPU v4",
         "https://docs.cloud.google.com/tpu/docs/v4",
     ),
     "v5e": Chip(
@@ -63,6 +65,7 @@ CHIPS = {
         256,
         16,
         1,
+        "TPU v5 lite",
         "https://docs.cloud.google.com/tpu/docs/v5e",
     ),
     "v5p": Chip(
@@ -75,6 +78,7 @@ CHIPS = {
         8960,
         4,
         1,
+        "TPU v5",
         "https://docs.cloud.google.com/tpu/docs/v5p",
     ),
     "v6e": Chip(
@@ -87,6 +91,7 @@ CHIPS = {
         256,
         16,
         1,
+        "TPU v6 lite",
         "https://docs.cloud.google.com/tpu/docs/v6e",
     ),
     "tpu7x": Chip(
@@ -99,10 +104,17 @@ CHIPS = {
         9216,
         4,
         2,
+        "TPU7x",
         "https://docs.cloud.google.com/tpu/docs/tpu7x",
     ),
 }
 EXAMPLES = "v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4, tpu7x:2x2x1"
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of one device, as JAX counts them; None for what is no TPU known here."""
+    kinds = {chip.kind: chip.flops / chip.devices for chip in CHIPS.values()}
+    return kinds.get(device_kind)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,38 @@ def same_on_all_hosts(value: int, what: str) -> int:
     return value
 
 
+class Trace:
+    """Traces a step and the next two by jax.profiler, in this process; a context manager.
+
+    The folder is for TensorBoard's profile plugin (pip install xprof) and for Perfetto.
+    """
+
+    STEPS = 3
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self._folder, self._first, self._runs = folder, first, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def before(self, step: int) -> None:
+        """To be called when all earlier steps are done."""
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._runs = True
+        elif step == self._first + self.STEPS:
+            self._stop()
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
+            print(f"{self._folder}: a trace from step {self._first} on", file=sys.stderr)
+
+
 class Preemption:
     """SIGTERM (maintenance, a spot machine taken back), noticed between steps; a context manager.
 

@@ -87,7 +87,7 @@ def _absent_shards(folder: Path, there: set[str]) -> list[str]:
         return []
     try:
         named = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder / INDEX} is not an index of shards: {error!r}") from error
     return [f"{name} is named in {INDEX} and is absent" for name in sorted(named - there)]
 

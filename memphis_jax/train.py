@@ -22,7 +22,9 @@ from memphis_jax.errors import Stopped
 from memphis_jax.fields import difference
 from memphis_jax.metrics import MetricsWriter
 from memphis_jax.objectives import Arrays
-from memphis_jax.runtime import Preemption, is_first, same_on_all_hosts
+from memphis_jax.plan_chips import peak_flops
+from memphis_jax.plan_cost import model_flops
+from memphis_jax.runtime import Preemption, Trace, is_first, same_on_all_hosts
 from memphis_jax.sharding import global_batch
 from memphis_jax.train_step import TrainState, make_step
 
@@ -89,11 +91,13 @@ def run(
         Preemption() as preemption,
         checkpoint.open_manager(workdir, keep=settings.keep_checkpoints) as manager,
         _writer(workdir, start, len(loader), phase) as writer,
+        Trace(workdir / "profile", compute.profile_step if is_first() else 0) as trace,
     ):
-        meter, ended = Meter(), False
+        meter, ended = _meter(state, settings, mesh), False
         batch = _next_batch(batches, mesh)
         while step < loader.num_steps and not ended:
             step += 1
+            trace.before(step)
             state, metrics = step_fn(state, batch)
             position = batches.get_state()
             batch = _next_batch(batches, mesh)  # the next step's, while the devices compute
@@ -196,9 +200,14 @@ def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 class Meter:
-    """Metrics of the newest step, with tokens per second since the last reading."""
+    """Metrics of the newest step, and the speed since the last reading.
 
-    def __init__(self) -> None:
+    `tflops_per_device` and `mfu` (a share of the device's published peak, TPUs only) count what
+    training needs (`plan_cost.model_flops`) for tokens that are no padding.
+    """
+
+    def __init__(self, flops_per_token: float, devices: int = 1, peak: float | None = None) -> None:
+        self._flops, self._peak = flops_per_token / devices, peak
         self._time, self._tokens = time.perf_counter(), 0.0
         self._latest: Arrays = {}
 
@@ -210,6 +219,16 @@ class Meter:
         now = time.perf_counter()
         hidden = ("tokens", "skipped_in_a_row", "token")
         row = {name: float(value) for name, value in self._latest.items() if name not in hidden}
-        row |= {"tokens_per_second": self._tokens / (now - self._time), "epoch": epoch}
+        speed = self._tokens / (now - self._time)
+        row |= {"tokens_per_second": speed, "tflops_per_device": speed * self._flops / 1e12}
+        if self._peak:
+            row["mfu"] = speed * self._flops / self._peak
         self._time, self._tokens = now, 0.0
-        return row
+        return row | {"epoch": epoch}
+
+
+def _meter(state: TrainState, settings: PhaseConfig, mesh: Mesh | None) -> Meter:
+    frozen = settings.optimizer.freeze_embeddings
+    flops = model_flops(state.model.config, settings.seq_len, frozen_head=frozen)
+    devices = [jax.devices()[0]] if mesh is None else mesh.devices.ravel().tolist()
+    return Meter(flops, len(devices), peak_flops(devices[0].device_kind))

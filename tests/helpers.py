@@ -1,5 +1,6 @@
 """Tiny models, random examples and comparisons that several test modules share."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def random_group(rng: np.random.Generator, lengths: Sequence[int]) -> Group:
     """Candidates of the given lengths, ranked in this order, and a ground truth of the last."""
     *candidates, gold = (random_example(rng, length) for length in lengths)
     return Group(tuple(candidates), tuple(range(len(candidates))), gold)
+
+
+def logged(workdir: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    clocked = ("tokens_per_second", "tflops_per_device")
+    return [{name: row[name] for name in row if name not in clocked} for row in rows]
 
 
 def named_leaves(tree: Any) -> dict[str, np.ndarray]:

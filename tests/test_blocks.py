@@ -60,12 +60,15 @@ def test_what_is_left_of_a_shard(tmp_path: Path) -> None:
     assert folder == tmp_path / "blocks-0-of-1" and left == [1, 2, 3]
 
 
-def test_a_shard_of_other_weights_is_refused_or_replaced(tmp_path: Path) -> None:
+def test_a_shard_of_other_weights_is_refused_or_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write(tmp_path, both("a"), model={**META["model"], "model.safetensors": "dd"})
     with pytest.raises(blocks.SampledOtherwise, match=r"model\.safetensors"):
         blocks.open_shard(tmp_path, 0, 1, 1, META, replace=False)
-    assert other.is_file()
+    assert other.is_file() and not capsys.readouterr().err
     folder, left = blocks.open_shard(tmp_path, 0, 1, 1, META, replace=True)
+    assert "sampling all again: " in capsys.readouterr().err
     assert left == [0] and list(folder.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import logged
 from tokenizers import Tokenizer
 
 from memphis_jax import checkpoint
@@ -516,10 +517,7 @@ def test_training_from_the_folder_is_training_from_its_rows(world: Path) -> None
     for name, one in running.items():
         output, _ = one.communicate()
         assert one.returncode == 0, output
-        runs[name] = [
-            {key: value for key, value in row.items() if key != "tokens_per_second"}
-            for row in read_jsonl(world / name / "metrics.jsonl")
-        ]
+        runs[name] = logged(world / name)
     assert runs["folder"] == runs["rows"]
     assert len(runs["rows"]) > 0
     identity = checkpoint.read_meta(world / "folder")["identity"]

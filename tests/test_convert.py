@@ -242,6 +242,21 @@ def test_only_own_output_is_replaced(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
 
 
+def test_what_is_read_is_never_replaced(tmp_path):
+    """An export in which its checkpoint lies is an earlier export, but all that is left of it."""
+    make_hf(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    to_hf(tmp_path / "ckpt", tmp_path / "ckpt" / "hf")  # inside what is read: nothing is replaced
+    to_hf(tmp_path / "ckpt", tmp_path / "back")
+    from_hf(tmp_path / "back", tmp_path / "back" / "ckpt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConvertError, match=r"back holds .*back/ckpt, which is read"):
+        to_hf(tmp_path / "back" / "ckpt", tmp_path / "back")
+    with pytest.raises(ConvertError, match=r"ckpt holds .*ckpt/hf, which is read"):
+        from_hf(tmp_path / "ckpt" / "hf", tmp_path / "ckpt")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 KILLED = """
 import os, signal, sys
 from convert.from_hf import from_hf

@@ -1,6 +1,8 @@
 """How a checkpoint's leaves lie on the disk: as from-hf writes them, and as others did."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from reference_models import SMALL, make_hf, read_folder
 
 from convert import load_hf
 from convert.from_hf import from_hf
-from convert.raw import block_buffer, blocks, mapped, transposed_block
+from convert.raw import block_buffer, blocks, in_order, mapped, transposed_block
 from convert.to_hf import to_hf
 from convert.verify import verify
 from convert.weights import open_checkpoint
@@ -69,6 +71,25 @@ def test_matrices_of_several_blocks_and_a_rest(tmp_path):
         np.testing.assert_array_equal(np.concatenate(parts), value.T)
     with pytest.raises(OSError, match="ends before byte"):
         mapped(tmp_path / "file", 8, value.shape, dtype)
+
+
+def test_jobs_under_way_cost_at_most_the_limit():
+    """Two of cost 1 meet, one above the limit runs alone; results come in order."""
+    meeting, taken, begun = Barrier(2), [], {}
+
+    def job(number, cost):
+        begun[number] = len(taken)
+        if cost == 1:
+            meeting.wait(timeout=30)
+        return number
+
+    costs = [1, 1, 5, 1, 1]
+    jobs = [(cost, lambda n=n, c=cost: job(n, c)) for n, cost in enumerate(costs)]
+    with ThreadPoolExecutor(4) as pool:
+        for result in in_order(pool, jobs, limit=2):
+            taken.append(result)
+    assert taken == [0, 1, 2, 3, 4]
+    assert begun == {0: 0, 1: 0, 2: 2, 3: 3, 4: 3}  # how many results had been taken
 
 
 def test_a_training_saves_a_layer_of_a_kernel_in_a_chunk(tmp_path):

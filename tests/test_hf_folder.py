@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from convert import load_hf
 from convert.from_hf import from_hf
-from convert.hf_folder import ConvertError, open_folder, published
+from convert.hf_folder import INDEX, ConvertError, open_folder, published
 from memphis_jax.model import flatten
 
 
@@ -91,13 +91,22 @@ def test_absent_shard_is_named(tmp_path):
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("weight_map", [["a"], {"a": ["b"]}, {"a": 1}, None])
+def test_an_index_of_another_form_is_named(tmp_path, weight_map):
+    make_hf(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConvertError, match=f"{INDEX}: weight_map is not"):
+        open_folder(tmp_path)
+
+
 def test_what_a_kill_between_two_renames_left_aside_is_put_back(tmp_path):
     """The new output was complete, but if it can no longer be made the old one is still there."""
     aside = tmp_path / ".out.convert-old"
     aside.mkdir()
     (aside / "weights").write_text("old")
     (tmp_path / ".out.convert-partial").mkdir()
-    with pytest.raises(KeyError), published(tmp_path / "out", lambda _: True, "ours"):
+    out, source = tmp_path / "out", tmp_path / "in"
+    with pytest.raises(KeyError), published(out, source, lambda _: True, "ours"):
         raise KeyError("the source is gone")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "weights").read_text() == "old"

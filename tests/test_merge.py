@@ -363,6 +363,9 @@ def test_damaged_and_absent_files_are_named(tmp_path: Path) -> None:
     (a / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=f"{shard.name} is named in .* and is absent"):
         open_tensors(a)
+    (a / "model.safetensors.index.json").write_text('{"weight_map": {"x": ["y"]}}')
+    with pytest.raises(ValueError, match="is not an index of shards"):
+        open_tensors(a)
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,24 @@ def test_config_round_trip_through_hf(name, tmp_path):
         ("head_dim", {"head_dim": 64}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.0125}),
         ("num_key_value_heads", {"num_key_value_heads": 5}),
+        # values of another type than any program writes
+        ("eos_token_id", {"eos_token_id": []}),
+        ("rope_parameters", {"rope_parameters": "yarn"}),
+        ("hidden_act", {"hidden_act": ["silu"]}),
+        ("num_attention_heads", {"num_attention_heads": 0, "head_dim": 80}),
+        ("num_attention_heads", {"num_attention_heads": "32", "head_dim": 80}),
     ],
 )
 def test_unsupported_config_is_refused_by_name(field, change, shared):
     text = (shared / "data" / "stablelm" / "config.native.json").read_text()
     with pytest.raises(ConfigError, match=field):
         ModelConfig.from_hf({**json.loads(text), **change})
+
+
+def test_null_is_as_good_as_absent(shared):
+    config = json.loads((shared / "data" / "stablelm" / "config.native.json").read_text())
+    nulls = dict.fromkeys(("rotary_scaling_factor", "rope_scaling", "head_dim", "rope_parameters"))
+    assert ModelConfig.from_hf({**config, **nulls}) == ModelConfig.from_hf(config)
 
 
 def test_rotary_gradient_is_the_derivative():

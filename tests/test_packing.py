@@ -164,6 +164,13 @@ def test_no_groups_pack_into_padding() -> None:
     assert (packed["ranks"] == -100).all()
 
 
+def test_a_group_without_candidates_trains_its_ground_truth() -> None:
+    group = Group((), (), example([1, 2, 3], 1))
+    packed = pack_groups([group], seq_len=3, num_rows=1, num_groups=1, num_candidates=1)
+    assert packed["loss_mask"].tolist() == [[True, True, False]]
+    assert packed["ranks"].tolist() == [[-100]]
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

@@ -16,7 +16,7 @@ from memphis_jax import config as configs
 from memphis_jax import plan, plan_table
 from memphis_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from memphis_jax.data.examples import IN_MANIFEST
-from memphis_jax.plan_chips import parse_slice
+from memphis_jax.plan_chips import parse_slice, slice_devices
 from memphis_jax.plan_compile import GIB, Request, compile_step
 from memphis_jax.plan_search import Job, Search
 from tests.test_plan_search import CARD, LIMIT, card_job, told
@@ -132,7 +132,7 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from memphis_jax import plan_chips
 
     monkeypatch.setattr(plan_chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'memphis-jax\[tpu\]'"):
+    with pytest.raises(ConfigError, match="pip install libtpu"):
         plan_chips.slice_devices(parse_slice("v5e:4x4"))
 
 
@@ -177,6 +177,13 @@ def test_the_real_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     again = compile_step(config, Request("rank", "v5e:2x2", 1, rows=4, groups=4))
     assert again == said  # its seconds too: the first one's
     assert len(list((tmp_path / "memphis_jax" / "plan").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:2x2", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
+def test_a_generation_is_known_by_its_devices(name: str) -> None:
+    where = parse_slice(name)
+    assert {device.device_kind for device in slice_devices(where)} == {where.chip.kind}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from memphis_jax import train_step
 from memphis_jax.attention import splash_attention
 from memphis_jax.config import ComputeConfig, ConfigError, ModelConfig, OptimizerConfig, PhaseConfig
-from memphis_jax.plan_chips import CHIPS, Slice, parse_slice
+from memphis_jax.plan_chips import CHIPS, Slice, parse_slice, peak_flops
 from memphis_jax.plan_compile import Request, abstract_batch
 from memphis_jax.plan_cost import bounds, jaxpr_flops, matmul_parameters, model_flops
 
@@ -184,6 +184,12 @@ def test_slices(name: str, devices: int, links: int) -> None:
 def test_unknown_slices_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_slice(name)
+
+
+def test_the_peak_of_a_device() -> None:
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU7x") == 2307e12 / 2  # two devices per chip
+    assert peak_flops("cpu") is None
 
 
 def test_published_figures_are_cited() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
     assert_same_bits,
+    logged,
     named_leaves,
     random_example,
     random_group,
@@ -22,7 +24,7 @@ from memphis_jax import checkpoint
 from memphis_jax.config import ComputeConfig, ConfigError, OptimizerConfig, PhaseConfig
 from memphis_jax.data.loader import Batch, Loader, rank_loader, sft_loader
 from memphis_jax.optimizer import cosine_schedule
-from memphis_jax.train import TrainingStopped, run
+from memphis_jax.train import Meter, TrainingStopped, run
 from memphis_jax.train_step import TrainState, init_state, make_step
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
@@ -80,6 +82,7 @@ def fresh_state(settings: PhaseConfig = SETTINGS) -> TrainState:
 
 def train(workdir: Path, phase: str = "sft", **changes: Any) -> TrainState:
     loader = changes.pop("loader", None) or make_loader(phase)
+    compute = changes.pop("compute", COMPUTE)
     settings = dataclasses.replace(SETTINGS, **changes)
     return run(
         phase,
@@ -87,18 +90,13 @@ def train(workdir: Path, phase: str = "sft", **changes: Any) -> TrainState:
         loader,
         fresh_state(settings),
         settings=settings,
-        compute=COMPUTE,
+        compute=compute,
         identity={"settings": dataclasses.asdict(settings)},
     )
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(workdir: Path) -> list[dict[str, float]]:
-    """Rows without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(workdir)]
 
 
 def poisoned(loader: Loader, steps: set[int]) -> Loader:
@@ -182,18 +180,40 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 
 def test_metrics_of_a_rank_run(tmp_path: Path) -> None:
     train(tmp_path, "rank", log_every=1)
-    logged = rows(tmp_path)
-    assert [row["step"] for row in logged] == list(range(1, make_loader("rank").num_steps + 1))
-    for row in logged:
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == list(range(1, make_loader("rank").num_steps + 1))
+    for row in found:
         assert row["rank_margin"] == pytest.approx(
             row["chosen_logprob"] - row["rejected_logprob"], abs=1e-5
         )
         assert row["loss"] == pytest.approx(row["ce"] + 5 * row["rank_loss"], rel=1e-6)
         assert 0 < row["padding_share"] < 1
         assert row["tokens_per_second"] > 0
+        # 6 x 2 layers of (q, o: 2 x 16^2; k, v: 2 x 16 x 8; MLP: 3 x 16 x 24), 4 x the head's 976
+        # (frozen), 6 x 2 layers x 24 positions x 16 of attention.
+        flops = 6 * 2 * (512 + 256 + 1152) + 4 * 976 + 4608
+        assert row["tflops_per_device"] == pytest.approx(row["tokens_per_second"] * flops / 1e12)
         assert row["grad_norm"] > 0
-    assert logged[-1]["epoch"] == SETTINGS.epochs
+    assert found[-1]["epoch"] == SETTINGS.epochs
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_speed_is_per_device_and_a_share_of_its_peak() -> None:
+    meter = Meter(flops_per_token=8e9, devices=4, peak=1e13)
+    meter.count({"tokens": jnp.float32(1000)})
+    row = meter.read(epoch=0.5)
+    assert row["tflops_per_device"] == pytest.approx(row["tokens_per_second"] * 8e9 / 4 / 1e12)
+    assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 10)
+
+
+@pytest.mark.parametrize("first", [2, 11])  # the run has 11 steps: it ends before the trace would
+def test_a_profile_is_traced_and_changes_nothing(tmp_path: Path, first: int) -> None:
+    assert make_loader().num_steps == 11
+    train(tmp_path / "plain")
+    train(tmp_path / "traced", compute=dataclasses.replace(COMPUTE, profile_step=first))
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+    assert not (tmp_path / "plain" / "profile").exists()
+    assert logged(tmp_path / "traced") == logged(tmp_path / "plain")
 
 
 # --- steps that are not finite
@@ -284,7 +304,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, phase: str) -> None
     resumed = train(tmp_path / "cut", phase)
     assert_same_bits(resumed, whole)
     assert_same_bits(checkpoint.restore_model(tmp_path / "cut")[0], whole.model)
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
 def test_a_half_written_row_of_metrics_is_replaced(tmp_path: Path) -> None:
@@ -294,7 +314,7 @@ def test_a_half_written_row_of_metrics_is_replaced(tmp_path: Path) -> None:
         file.write('{"step": 6, "lo')
     train(tmp_path / "cut")
     train(tmp_path / "whole")
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

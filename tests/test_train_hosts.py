@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, named_leaves
+from helpers import assert_same_bits, logged, named_leaves
 
 from memphis_jax import checkpoint
 from memphis_jax.data import procedural
@@ -111,14 +111,6 @@ def child_of(guard: subprocess.Popen[bytes]) -> int:
     return int(Path(f"/proc/{guard.pid}/task/{guard.pid}/children").read_text().split()[0])
 
 
-def numbers(root: Path, workdir: str) -> list[dict[str, float]]:
-    """Metrics without what depends on the clock."""
-    lines = (root / workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
-    ]
-
-
 @pytest.fixture(scope="module")
 def cut(world: Path) -> Path:
     """A run of four processes of which one was killed in the middle; every one has stopped."""
@@ -144,7 +136,7 @@ def test_all_stop_where_one_is_killed_and_name_it(world: Path, cut: Path) -> Non
 def test_the_same_four_go_on_to_the_bit(world: Path, cut: Path) -> None:
     shutil.copytree(cut, world / "again")
     assert end(start(world, "again", 4)) == [0] * 4, said(world, "again")
-    assert numbers(world, "again") == numbers(world, "whole")
+    assert logged(world / "again") == logged(world / "whole")
     found, _ = checkpoint.restore_model(world / "again")
     assert_same_bits(found, checkpoint.restore_model(world / "whole")[0])
 
@@ -153,7 +145,7 @@ def test_two_go_on_with_the_very_next_sample(world: Path, cut: Path) -> None:
     """Same batches, so the same losses up to the order of additions."""
     shutil.copytree(cut, world / "two")
     assert end(start(world, "two", 2)) == [0] * 2, said(world, "two")
-    two, whole = numbers(world, "two"), numbers(world, "whole")
+    two, whole = logged(world / "two"), logged(world / "whole")
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     for found, wanted in zip(two, whole, strict=True):
         assert found["padding_share"] == wanted["padding_share"]
@@ -173,8 +165,8 @@ def test_sigterm_to_one_saves_on_all(world: Path) -> None:
         assert f"sft: stopped; step {saved} of {STEPS} is saved in" in text
     assert saved % 4 or saved == step_of(world, "term")  # at that step, not at the next fourth
     assert end(start(world, "term", 2)) == [0] * 2, said(world, "term")
-    assert [row["step"] for row in numbers(world, "term")] == list(range(1, STEPS + 1))
-    for found, wanted in zip(numbers(world, "term"), numbers(world, "whole"), strict=True):
+    assert [row["step"] for row in logged(world / "term")] == list(range(1, STEPS + 1))
+    for found, wanted in zip(logged(world / "term"), logged(world / "whole"), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, named_leaves
+from helpers import assert_same_bits, logged, named_leaves
 
 from memphis_jax import checkpoint
 from memphis_jax.config import OptimizerConfig, PhaseConfig
@@ -102,11 +102,6 @@ def kill_after_first_checkpoint(root: Path, workdir: str, delay: float) -> None:
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
 def saved_state(folder: Path) -> Any:
     """The newest weights and train state, as arrays by name."""
     model, _ = checkpoint.restore_model(folder)
@@ -126,9 +121,9 @@ def test_killed_and_started_again_is_uninterrupted_to_the_bit(world: Path) -> No
     assert done.returncode == 0, done.stderr
     assert checkpoint.latest_step(world / "killed") == total
     assert_same_bits(saved_state(world / "killed"), saved_state(world / "whole"))
-    assert metrics(world / "killed") == metrics(world / "whole")
-    logged = [row["step"] for row in metrics(world / "killed")]
-    assert logged == [*range(10, total, 10), total]
+    assert logged(world / "killed") == logged(world / "whole")
+    steps = [row["step"] for row in logged(world / "killed")]
+    assert steps == [*range(10, total, 10), total]
     assert (world / "killed" / "tokenizer" / "tokenizer.json").is_file()
 
 
@@ -140,7 +135,7 @@ def test_a_signal_saves_what_is_done_and_the_command_goes_on(
     process = subprocess.Popen(
         command(world, name), cwd=REPO, env=environment(world), stderr=subprocess.PIPE, text=True
     )
-    while not (world / name / "metrics.jsonl").is_file() or not metrics(world / name):
+    while not (world / name / "metrics.jsonl").is_file() or not logged(world / name):
         assert process.poll() is None, "the run ended before its first metrics"
         time.sleep(0.005)
     process.send_signal(number)

@@ -22,7 +22,7 @@ from memphis_jax.rounds.recipe import Recipe
 # a gate closes, and the merge, the end of a recipe, whose stages run again where it changes.
 PLACES = (
     *("executor.", "mesh.", "sft.accumulation:", "rank.accumulation:"),
-    *("compute.remat:", "compute.attention:", "compute.logprob_chunk:"),
+    *("compute.remat:", "compute.attention:", "compute.logprob_chunk:", "compute.profile_step:"),
     *("generate.python:", "generate.data_parallel:", "generate.tensor_parallel_size:"),
     *("generate.parity_bound:", "merge."),
 )
