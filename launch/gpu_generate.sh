@@ -12,7 +12,7 @@ Runs COMMAND, a call of the vLLM worker, on a GPU host: sends the model, the que
 checkout's code, starts the worker there, shows its log, and brings the completions back to --out.
 
   launch/gpu_generate.sh me@gpu1 -- .venv-vllm/bin/python -m memphis_jax.rounds.generate \
-      --model runs/cot/sft/hf --questions runs/cot/data/train.jsonl --out runs/cot/round1
+      --model runs/cot/sft/hf --questions runs/cot/data/train.jsonl --out runs/cot/round1/generate
 
 As a stage of `memphis rounds`:  --config.executor.generate="launch/gpu_generate.sh me@gpu1 --"
 

@@ -184,7 +184,8 @@ def slice_devices(parsed: Slice, num_slices: int = 1) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            "the TPU compiler is not installed: pip install libtpu (no TPU is needed)"
+            "the TPU compiler is not installed: pip install -e '.[tpu]' in the checkout (no TPU is "
+            "needed)"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud machine to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes compile at once
