@@ -43,7 +43,7 @@ def from_hf(
         "model": dataclasses.asdict(config),
         "converted_from": {"hf_folder": str(hf.resolve()), "dtypes": dtypes},
     }
-    with published(checkpoint, is_conversion, "an earlier conversion") as folder:
+    with published(checkpoint, hf, is_conversion, "an earlier conversion") as folder:
         if tokenizer:
             copy_tokenizer(hf, folder)
         _save(folder, leaves, stored, meta, progress)

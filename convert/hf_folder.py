@@ -100,8 +100,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if not files:
         raise ConvertError(f"{folder} holds no *.safetensors file")
     if (folder / INDEX).is_file():
-        named = set(read_json(folder / INDEX).get("weight_map", {}).values())
-        absent = sorted(named - {path.name for path in files})
+        table = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
+            raise ConvertError(f"{folder / INDEX}: weight_map is not {{tensor: file}}: delete it")
+        absent = sorted(set(table.values()) - {path.name for path in files})
         if absent:
             raise ConvertError(f"{folder / INDEX} names files that are absent: {', '.join(absent)}")
     return files
@@ -183,13 +185,18 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def published(target: Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+def published(
+    target: Path, source: Path, is_ours: Callable[[Path], bool], kind: str
+) -> Iterator[Path]:
     """Yields an empty folder beside `target` that becomes `target` by rename, only on success.
 
     A `target` that exists is replaced if it is empty or `is_ours(target)`, an earlier output that
-    can be made again; otherwise ConvertError, with `kind` saying what would have been allowed.
+    can be made again; otherwise ConvertError, with `kind` saying what would have been allowed. So
+    is a `target` with `source` in it, which would go with the earlier output.
     """
-    target = target.resolve()
+    target, source = target.resolve(), source.resolve()
+    if target in (source, *source.parents):
+        raise ConvertError(f"{target} holds {source}, which is read: name another folder")
     partial, old = partial_of(target), target.with_name(f".{target.name}.convert-old")
     if old.exists() and not target.exists():  # killed between the two renames
         old.rename(target)

@@ -70,8 +70,9 @@ def to_hf(
             return team.wait_for("certificate")[0]
         source = open_checkpoint(checkpoint)
         plan = make_plan(source, dtype, max_shard_size, hosts.count)
+        kind = f"an earlier export (no {CERTIFICATE})"
         with (
-            published(Path(hf), is_export, f"an earlier export (no {CERTIFICATE})") as folder,
+            published(Path(hf), source.folder, is_export, kind) as folder,
             team.parting_on_error(),  # nobody writes any more when the folder is removed
         ):
             certificate = _lead(source, plan, folder, team, progress)
