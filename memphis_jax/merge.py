@@ -198,9 +198,15 @@ def _merge_tensor(
         blocks = [from_float64(blend(x, y, by), a.dtype) for x, y in _blocks(a, b, rows)]
         return _bytes(np.concatenate(blocks))
 
-    for data in _in_order(pool, piece, pieces):
-        out.write(data)
-        digest.update(data)
+    try:
+        for data in _in_order(pool, piece, pieces):
+            out.write(data)
+            digest.update(data)
+    except FloatingPointError:
+        raise ValueError(
+            f"{a.name}: the result is too large for {a.dtype}: its parents point in opposite "
+            "directions; merge by --method linear, or with a lower --threshold"
+        ) from None
     square = by.first**2 * total.aa + by.second**2 * total.bb + 2 * by.first * by.second * total.ab
     return {
         "t": t,
@@ -263,8 +269,7 @@ def _certificate(
         path = parent / CERTIFICATE
         row: Row = {"folder": str(parent.resolve()), "files": files}
         if path.is_file():
-            row |= {"certificate_sha256": sha256_file(path)}
-            row |= {"source": json.loads(path.read_text("utf-8")).get("source")}
+            row |= {"certificate_sha256": sha256_file(path), "source": _source(path)}
         lineage.append(row)
     both = json.dumps([files for files in hashes], sort_keys=True).encode()
     return {
@@ -281,6 +286,14 @@ def _certificate(
             "merged_from": lineage,
         },
     }
+
+
+def _source(certificate: Path) -> Any:
+    """What a certificate says of its folder's origin; None where it is none (--uncertified)."""
+    try:
+        return json.loads(certificate.read_text("utf-8"))["source"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

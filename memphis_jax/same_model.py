@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from memphis_jax import config as configs
 from memphis_jax.fields import difference
@@ -31,10 +32,21 @@ def model_config(folder: Path) -> configs.ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
+    values = _read_object(path)
     try:
-        return configs.ModelConfig.from_hf(json.loads(path.read_text("utf-8")))
-    except ValueError as error:  # of JSON, or a ConfigError
+        return configs.ModelConfig.from_hf(values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, a JSON object is needed")
+    return value
 
 
 def mismatches(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
@@ -62,10 +74,11 @@ def _tokenizer_mismatches(a: Path, b: Path) -> list[str]:
     there = [path.is_file() for path in paths]
     if there != [True, True]:
         return ["tokenizer.json is only in one of them"] if any(there) else []
-    left, right = (json.loads(path.read_text("utf-8")) for path in paths)
+    left, right = map(_read_object, paths)
     lines = []
-    vocabularies = [one.get("model", {}).get("vocab") for one in (left, right)]
-    if all(isinstance(v, dict) for v in vocabularies) and vocabularies[0] != vocabularies[1]:
+    models = [model for one in (left, right) if isinstance(model := one.get("model"), dict)]
+    vocabularies = [v for model in models if isinstance(v := model.get("vocab"), dict)]
+    if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
         count = len({*vocabularies[0].items()} ^ {*vocabularies[1].items()})
         lines.append(f"the tokenizers' vocabularies differ in {count} entries")
     states = ("version", "truncation", "padding")

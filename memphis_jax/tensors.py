@@ -101,10 +101,15 @@ def to_float64(stored: np.ndarray) -> np.ndarray:
 
 
 def from_float64(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Finite values rounded to nearest even in a safetensors dtype, bfloat16 through float32."""
+    """Finite values rounded to nearest even in a safetensors dtype, bfloat16 through float32.
+
+    Raises FloatingPointError for a value that is too large for it.
+    """
+    with np.errstate(over="raise"):
+        narrow = values.astype(np.float32 if dtype == "BF16" else DTYPES[dtype])
     if dtype != "BF16":
-        return values.astype(DTYPES[dtype])
-    bits = values.astype(np.float32).view(np.uint32)
+        return narrow
+    bits = narrow.view(np.uint32)
     # Half of the lower 16 bits' range, less one where the upper part is even: a tie goes to even.
     bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (bits >> np.uint32(16)).astype(np.uint16).view(ml_dtypes.bfloat16)

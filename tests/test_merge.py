@@ -332,6 +332,33 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     assert "model.norm.bias of" in refused(a, b, tmp_path / "c")
 
 
+def test_a_result_that_float16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    """SLERP of nearly opposite tensors is larger than both, times 1 / sin of a small angle."""
+    x, y = tensors(1, np.float16), tensors(2, np.float16)
+    x["model.norm.weight"] = np.linspace(30_000, 60_000, 16).astype(np.float16)
+    y["model.norm.weight"] = -x["model.norm.weight"][::-1]
+    a, b = folder(tmp_path / "a", x), folder(tmp_path / "b", y)
+    told = refused(a, b, tmp_path / "c", MergeConfig(t=0.25))
+    assert "model.norm.weight: the result is too large for F16" in told
+    merge_folders(a, b, tmp_path / "c", MergeConfig(t=0.25, method="linear"))
+
+
+def test_files_that_are_no_json_objects_are_named(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
+    told = {"{": "is not JSON", "[]": "holds a list, a JSON object is needed"}
+    for name in ("tokenizer.json", "config.json"):
+        good = (a / name).read_text()
+        for text, problem in told.items():
+            (a / name).write_text(text)
+            assert f"{a / name} {problem}" in refused(a, b, tmp_path / "c", uncertified=True)
+        (a / name).write_text(good)
+    for text in ("{", "[]", "{}"):  # not asked to vouch for anything
+        (a / "conversion.json").write_text(text)
+        merge_folders(a, b, tmp_path / "c", HALF, uncertified=True)
+        merged = json.loads((tmp_path / "c" / "conversion.json").read_text())
+        assert merged["source"]["merged_from"][0]["source"] is None
+
+
 def test_what_out_may_be(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
     for out in (a, b, a / "inside", tmp_path):
