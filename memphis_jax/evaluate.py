@@ -23,6 +23,7 @@ from typing import Any
 from memphis_jax.progress import Progress
 from memphis_jax.rounds.files import sha256_file, write_json, write_jsonl
 from memphis_jax.rounds.ledger import locked
+from memphis_jax.same_model import read_object
 from memphis_jax.versions import versions
 
 Row = dict[str, Any]
@@ -118,12 +119,18 @@ def describe(folder: Path) -> Row:
 
 def _identity(args: argparse.Namespace, model: Row) -> Row:
     """What decides an answer beside the request."""
-    config = json.loads((args.model / "config.json").read_text("utf-8"))
+    config = read_object(args.model / "config.json")
     saved = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = saved if args.dtype == "auto" else args.dtype
+    if args.engine == "jax" and dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"{args.model} is saved in {dtype}, --engine jax knows float32 and bfloat16: give one "
+            "of them with --dtype"
+        )
     return {
         "model": model["sha256"],
         "engine": args.engine,
-        "dtype": saved if args.dtype == "auto" else args.dtype,
+        "dtype": dtype,
         "versions": versions(("lm_eval", *PACKAGES[args.engine])) | _vllm_version(args),
     }
 
@@ -265,7 +272,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         *("--tasks", "-t"),
         required=True,
-        type=lambda text: text.split(","),
+        type=lambda text: [word.strip() for word in text.split(",") if word.strip()],
         help="presets, and tasks or groups of lm-eval, with commas between",
     )
     add("--out", required=True, type=Path, help="folder for answers and results.json")
@@ -285,6 +292,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("batch_size", "limit"):
         if getattr(args, name) < (name == "batch_size"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    if not args.tasks:
+        parser.error("--tasks is empty: name tasks, or the preset memphis")
     if args.engine == "jax" and args.dtype == "float16":
         parser.error("--dtype float16: --engine jax knows float32 and bfloat16")
     if args.data_root and not args.data_root.is_dir():

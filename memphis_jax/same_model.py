@@ -32,14 +32,15 @@ def model_config(folder: Path) -> configs.ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
-    values = _read_object(path)
+    values = read_object(path)
     try:
         return configs.ModelConfig.from_hf(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, where it holds none."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -74,7 +75,7 @@ def _tokenizer_mismatches(a: Path, b: Path) -> list[str]:
     there = [path.is_file() for path in paths]
     if there != [True, True]:
         return ["tokenizer.json is only in one of them"] if any(there) else []
-    left, right = map(_read_object, paths)
+    left, right = map(read_object, paths)
     lines = []
     models = [model for one in (left, right) if isinstance(model := one.get("model"), dict)]
     vocabularies = [v for model in models if isinstance(v := model.get("vocab"), dict)]

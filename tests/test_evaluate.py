@@ -159,6 +159,24 @@ def test_unknown_tasks_and_folders_without_a_model_are_refused(root: Path, tmp_p
         evaluate(words(tmp_path, root, tmp_path / "out", tasks="gsm8k"))
 
 
+def test_a_config_that_no_engine_can_take_is_refused(
+    model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for text, told in {
+        "[]": "config.json holds a list, a JSON object is needed",
+        '{"': "config.json is not JSON",
+        json.dumps(config | {"dtype": "float16"}): "saved in float16, --engine jax knows float32",
+    }.items():
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            evaluate([*words(folder, root, tmp_path / "out", tasks="gsm8k"), "--dtype", "auto"])
+    with pytest.raises(SystemExit):
+        evaluate(words(folder, root, tmp_path / "out", tasks=" ,"))
+    assert "--tasks is empty: name tasks" in capsys.readouterr().err
+
+
 def test_our_format_asks_and_grades_as_rounds_do(stock: eval_tasks.Stock) -> None:
     names = [f"{name}{eval_tasks.SUFFIX}" for name in TASKS]
     asked = eval_format.assemble(names, stock)
