@@ -13,10 +13,11 @@ NAMES = [
 ]
 HEAD = """# Performance
 
-Every table on this page was printed by the command above it. Programs that are compared ran in the
-same command, in turns; a cell shows the median (least-most). "ready" is the time from the start of a
-process until it is compiled and warm. The text beneath the tables says where we lose and what
-profiling found. `python -m benchmarks page` makes this page of [performance/](performance).
+Every table on this page was printed by the command above it. Programs that are compared ran in
+the same command, in turns; a cell shows the median (least-most). "ready" is the time from the
+start of a process until it is compiled and warm. The text beneath the tables says where we lose
+and what profiling found. `python -m benchmarks page` makes this page of
+[performance/](performance).
 """
 
 
