@@ -70,7 +70,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="memphis train",
         description="Train one phase into --workdir; started again, it resumes from there.",
-        epilog="Any config field can be set: --config.sft.optimizer.learning_rate=1e-5. On several "
+        epilog=configs.overrides_help("sft.optimizer.learning_rate=1e-5") + " On several "
         "hosts: the same command on each, JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
         "JAX_PROCESS_ID set, and --workdir on storage that all share. Exit code 75: SIGTERM, all "
         "is saved (so it is after Ctrl-C, 130); 76: another host was lost; after each of them the "

@@ -403,6 +403,14 @@ class RunConfig:
             )
 
 
+def overrides_help(example: str) -> str:
+    """What the help of a command says that takes `--config.a.b=value`."""
+    return (
+        f"Any config field can be set: --config.{example}; memphis_jax/config.py lists all of them "
+        "with their defaults."
+    )
+
+
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """RunConfig of a configs/*.py (or a saved config.json) with `--config.a.b=value` overrides."""
     require(Path(path).is_file(), f"--config {path}: no such file")

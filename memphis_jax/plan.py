@@ -45,7 +45,7 @@ def plan(argv: Sequence[str]) -> None:
         "fit, with which mesh, micro-batch and remat policy, and how fast could it be at best.",
         epilog=f"Slices: GENERATION:SHAPE, generations {', '.join(CHIPS)}; e.g. {EXAMPLES}. "
         "A 3B step takes the compiler minutes and 1-2 GB; results are kept, the same command goes "
-        "on where it was stopped. Any config field can be set: --config.sft.batch_size=64",
+        "on where it was stopped. " + configs.overrides_help("sft.batch_size=64"),
     )
     parser.add_argument("--config", required=True, help="configs/*.py, or a saved config.json")
     parser.add_argument(

@@ -32,3 +32,16 @@ def test_commands_named_in_the_readme_exist() -> None:
     listed = re.search(r"each stage: (.*?)\.\n", text, re.DOTALL)
     assert listed is not None
     assert set(re.findall(r"`(\w+)`", listed[1])) | {"rounds"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["rounds", "scribe", "data", "train", "plan"])
+def test_help_says_where_the_config_fields_are(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memphis_jax.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "memphis_jax/config.py lists all of them" in told
+    assert (REPO / "memphis_jax" / "config.py").is_file()

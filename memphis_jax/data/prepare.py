@@ -45,8 +45,7 @@ def data(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="memphis data",
         description="Build the data folder of a run; `memphis data show DIR N` prints an example.",
-        epilog="Any config field can be set: --config.data.source=jsonl. docs/data.md tells what a "
-        "config says of data.",
+        epilog=configs.overrides_help("data.source=jsonl") + " docs/data.md tells of the data.",
     )
     parser.add_argument("--config", required=True, help="configs/*.py, or a saved config.json")
     parser.add_argument("--out", required=True, type=Path, help="a new folder")

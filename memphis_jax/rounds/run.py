@@ -32,10 +32,12 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="memphis rounds",
         description="Run the whole recipe in --workdir; started again, it goes on where it was.",
-        epilog="Any config field can be set: --config.rounds.num_rounds=2",
+        epilog=configs.overrides_help("rounds.num_rounds=2"),
     )
     parser.add_argument("--config", required=True, help="configs/*.py")
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="a new folder, or the run's own"
+    )
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
     if config.start.rounds_config:

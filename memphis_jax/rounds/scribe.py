@@ -48,10 +48,12 @@ def run(argv: Sequence[str]) -> None:
         prog="memphis scribe",
         description="Finetune a CoT model on more data and merge it with its start, in --workdir; "
         "started again, it goes on where it was.",
-        epilog="Any config field can be set: --config.merge.t=0.3",
+        epilog=configs.overrides_help("merge.t=0.3"),
     )
     parser.add_argument("--config", required=True, help="configs/*_scribe.py")
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="a new folder, or the run's own"
+    )
     args, overrides = parser.parse_known_args(argv)
     config = configs.load(args.config, overrides)
     cot = _check(config, Path(args.config).parent)
