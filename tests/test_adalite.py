@@ -158,6 +158,18 @@ def test_bfloat16_parameters_get_float32_state() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(state[1:])} == {jnp.dtype("float32")}
 
 
+def test_bfloat16_is_computed_with_as_float32() -> None:
+    rng = np.random.default_rng(0)
+    params, gradients = (
+        {"kernel": jnp.asarray(rng.standard_normal((64, 3)), jnp.bfloat16)} for _ in range(2)
+    )
+    wide = [jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (params, gradients)]
+    tx = scale_by_adalite()
+    directions, _ = tx.update(gradients, tx.init(params), params)
+    expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
+    np.testing.assert_array_equal(directions["kernel"], expected["kernel"])
+
+
 def test_update_without_parameters_is_an_error() -> None:
     tx = adalite(0.1)
     params = {"kernel": jnp.ones((2, 2))}

@@ -1,6 +1,7 @@
 """Kernels of attention: equal to XLA's, refused where they cannot be, compiled for a TPU."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from memphis_jax.attention import cudnn_attention, pick_attention, segment_runs, splash_attention
 from memphis_jax.config import ConfigError
 from memphis_jax.layers import causal_attention
+from memphis_jax.parallel import make_ops
 from memphis_jax.plan_chips import parse_slice, slice_devices
 from tests.helpers import assert_close
 
@@ -140,6 +142,26 @@ def test_a_kernel_that_cannot_raises(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         pick_attention(name, platform, cpu_mesh(model=2), **SHAPE | change)
+
+
+def test_splash_does_not_compile_for_an_old_tpu() -> None:
+    chip = SimpleNamespace(device_kind="TPU v3", platform="tpu")
+    mesh: Any = SimpleNamespace(devices=np.array([chip]), shape={"model": 1})
+    assert pick_attention("auto", "tpu", mesh, **SHAPE) is causal_attention
+    with pytest.raises(ConfigError, match="does not compile for TPU v3; use a v4"):
+        pick_attention("splash", "tpu", mesh, **SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"seq": 200}, "seq_len = 200 is"), ({"kv": 3}, "key_value_heads = 3"), ({"q": 7}, "ads = 7")],
+)
+def test_the_kernel_is_picked_by_the_arrays_that_come(change: dict[str, int], told: str) -> None:
+    sizes = {"seq": 256, "q": 8, "kv": 4} | change
+    ops = make_ops(mesh_of(slice_devices(parse_slice("v5e:2x2")), 1, 2, 2), "splash")
+    q, k = (jax.ShapeDtypeStruct((2, sizes["seq"], sizes[n], 80), "float32") for n in ("q", "kv"))
+    with pytest.raises(ConfigError, match=told):
+        jax.eval_shape(ops.attention, q, k, k, None)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def test_what_is_left_of_a_shard(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-9])
     folder, left = blocks.open_shard(tmp_path, 0, 1, 4, META, replace=True)
     assert folder == tmp_path / "blocks-0-of-1" and left == [1, 2, 3]
+    folder, left = blocks.open_shard(tmp_path / "new" / "out", 1, 2, 2, META, replace=False)
+    assert folder.is_dir() and left == [0, 1]
 
 
 def test_a_shard_of_other_weights_is_refused_or_replaced(
@@ -133,6 +135,8 @@ def test_another_place_is_the_same_sampling(tmp_path: Path) -> None:
         ({"seed": 1}, "seed: 1 -> 0"),
         ({"num_samples": 4}, "num_samples: 4 -> 2"),
         ({"new": 1}, "new: 1 -> null"),
+        ({"seed": 1, "engine": "jax"}, 'engine: "jax" -> "vllm"; seed: 1 -> 0'),
+        ({"engine": "x" * 99}, f'engine: "{"x" * 39}...{"x" * 39}" -> "vllm"'),
         ({"sampling": {**META["sampling"], "temperature": 1}}, '{"temperature": 1} -> {"temp'),
         ({"versions": {"vllm": "0.32.0", "torch": "2.12.0"}}, '{"torch": "2.12.0"} -> {"torch": '),
         # The middle of a long list of files: it must not be cut out of the message.

@@ -158,5 +158,16 @@ def test_options_that_are_hard_to_tell_apart(
     assert check_choice(answer, target, options=options, equal=never) == verdict
 
 
+@pytest.mark.parametrize(("target", "verdict"), [("A", "correct"), ("B", "incorrect")])
+def test_a_formula_names_the_option_that_it_equals(target: str, verdict: str) -> None:
+    half = r"\frac{x}{2}"
+    options = (("A", half), ("B", r"\frac{x}{3}"))
+
+    def equal(a: str, b: str) -> bool:
+        return (a, b) == (half, "0.5 x")
+
+    assert check_choice("0.5 x", target, options=options, equal=equal) == verdict
+
+
 def never(a: str, b: str) -> None:
     """Formulas are compared as they are written."""

@@ -185,7 +185,7 @@ def array_sizes(jaxpr: Any) -> set[int]:
 
 
 @pytest.mark.parametrize("differentiated", [(0,), (0, 1)])
-@pytest.mark.parametrize("chunk_size", [4, 16, 64])
+@pytest.mark.parametrize("chunk_size", [4, 16, 32, 64])
 def test_logits_exist_for_one_chunk_only(chunk_size: int, differentiated: tuple[int, ...]) -> None:
     """Forward and backward: no array reaches [B T, V]; in a chunk of all tokens it would."""
     tokens, dim, vocabulary = 64, 4, 1009
@@ -201,7 +201,7 @@ def test_logits_exist_for_one_chunk_only(chunk_size: int, differentiated: tuple[
     memory = jax.jit(gradient).lower(hidden, head).compile()
     logits_bytes = 4 * tokens * vocabulary
     temporary = memory.memory_analysis().temp_size_in_bytes
-    assert (temporary >= logits_bytes) == (chunk_size == tokens)
+    assert (temporary >= logits_bytes) == (2 * chunk_size >= tokens)  # two arrays of a chunk
 
 
 def products(jaxpr: Any) -> int:

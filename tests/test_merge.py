@@ -16,7 +16,7 @@ from memphis_jax.config import ConfigError, MergeConfig
 from memphis_jax.interpolate import Sums, interpolate, sums, weights
 from memphis_jax.merge import merge, merge_folders
 from memphis_jax.rounds.certificate import check_certificate, file_hashes
-from memphis_jax.rounds.files import write_json
+from memphis_jax.rounds.files import sha256_file, write_json
 from memphis_jax.tensors import from_float64, open_tensors, to_float64
 
 HALF = MergeConfig()
@@ -244,12 +244,15 @@ def test_a_tensors_own_t_and_the_report(tmp_path: Path) -> None:
 def test_the_certificate_covers_the_merge_and_names_both_parents(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2), 2)
     merge_folders(a, b, tmp_path / "c", HALF)
+    assert [path.name for path in (tmp_path / "c").glob("*.safetensors")] == ["model.safetensors"]
     check_certificate(tmp_path / "c", file_hashes(tmp_path / "c"))
     certificate = json.loads((tmp_path / "c" / "conversion.json").read_text())
     parents = certificate["source"]["merged_from"]
     assert [parent["folder"] for parent in parents] == [str(a), str(b)]
     assert [parent["files"] for parent in parents] == [file_hashes(a), file_hashes(b)]
     assert parents[1]["source"]["checkpoint"] == "/runs/b"
+    assert parents[1]["certificate_sha256"] == sha256_file(b / "conversion.json")
+    assert certificate["source"]["step"] == 0  # no training step has followed
     # a merge of a merge carries the whole descent
     merge_folders(tmp_path / "c", b, tmp_path / "d", HALF)
     descent = json.loads((tmp_path / "d" / "conversion.json").read_text())["source"]["merged_from"]
@@ -418,6 +421,39 @@ def test_a_pattern_that_no_tensor_has_is_refused(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
     told = refused(a, b, tmp_path / "c", MergeConfig(t_for=("self_attn=0.1", "atn=0.3")))
     assert "no tensor's name holds 'atn'" in told
+
+
+def test_the_command_alone_is_slerp_half_way_and_makes_the_folders(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
+    merge([str(a), str(b), "--out", str(tmp_path / "new" / "c")])
+    name = "model.norm.weight"
+    wanted = interpolate(tensors(1)[name], tensors(2)[name], 0.5)
+    np.testing.assert_allclose(read(tmp_path / "new" / "c")[name], wanted, rtol=1e-6)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", tensors(1))
+    assert refused(a, tmp_path / "b", tmp_path / "c") == f"{tmp_path / 'b'} is not a folder"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--sweep", "0,1", "--task", "x=x.jsonl"], "--sweep needs --config"),
+        (["--sweep", "0,1", "--config", "x.py"], "--sweep needs --config, and --task"),
+        (["--config", "x.py"], "no use of --config"),
+        (["--task", "x=x.jsonl"], "no use of --config, --task"),
+        (["--eval", "gsm8k"], "no use of --config, --task, --eval"),
+        (["--config.seed=1"], "no use of --config, --task, --eval"),
+        (["--max-shard-mb", "0"], "--max-shard-mb 0 must be 1 or more"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        merge(["a", "b", "--out", "c", *options])
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_merge_that_a_kill_left_aside_is_put_back(tmp_path: Path) -> None:
