@@ -5,7 +5,6 @@ chunk of the checkpoint: memory holds two of the largest tensors, never a whole 
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
+from convert.direct import NewFile
 from convert.hf_folder import DTYPES, Progress, Stored, open_folder, published
 from convert.mapping import Place, by_leaf, places, transpose_into
-from convert.raw import block_buffer, blocks, in_order, threads, transposed_block, write
+from convert.raw import block_buffer, blocks, in_order, threads, transposed_block
 from convert.weights import chunk_file, is_raw
 from memphis_jax.checkpoint import copy_tokenizer, read_meta
 from memphis_jax.model import StableLM, unflatten
@@ -159,16 +159,15 @@ class _LeavesAsFiles(type_handlers.NumpyHandler):
         self._progress(len(jobs), len(jobs))
 
     def _write_chunk(self, tensors: list[tuple[str, Place]], path: Path) -> None:
-        with open(path, "xb", buffering=0) as file:
+        with NewFile(path) as file:
             for name, place in tensors:
                 value = self._stored[name].read()
                 if place.transposed:
                     buffer = block_buffer(value)
                     for columns in blocks(value):
-                        write(file, transposed_block(value, columns, buffer))
+                        file.write(transposed_block(value, columns, buffer))
                 else:
-                    write(file, value)
-            os.fsync(file.fileno())
+                    file.write(value)
 
 
 def _save(

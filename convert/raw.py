@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -57,13 +57,6 @@ def transposed_block(matrix: np.ndarray, columns: slice, buffer: np.ndarray) -> 
 def block_buffer(matrix: np.ndarray) -> np.ndarray:
     """Memory for any of the blocks of a matrix."""
     return np.empty((blocks(matrix)[0].stop * len(matrix)) * matrix.itemsize, np.uint8)
-
-
-def write(file: BinaryIO, value: np.ndarray) -> None:
-    """All bytes of a contiguous array into an unbuffered file."""
-    left = value.reshape(-1).view(np.uint8).data
-    while left:
-        left = left[file.write(left) :]
 
 
 def in_order(
