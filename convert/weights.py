@@ -21,7 +21,7 @@ import tensorstore
 from convert.hf_folder import DTYPES, ConvertError, bits
 from convert.mapping import Place, transpose_into
 from convert.raw import mapped
-from memphis_jax.checkpoint import latest_step, read_meta
+from memphis_jax.checkpoint import latest_step, read_meta, reading
 from memphis_jax.config import ModelConfig, build
 from memphis_jax.model import abstract, flatten
 
@@ -113,13 +113,14 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     """Opens a step (the latest), checking names and shapes of its leaves against its own config.
 
-    Raises CheckpointError where there is no step, ConfigError for a model that this program does
-    not know, ConvertError naming every missing, unknown or misshapen leaf.
+    Raises CheckpointError where there is no step or a damaged one, ConfigError for a model that
+    this program does not know, ConvertError naming every missing, unknown or misshapen leaf.
     """
     folder = Path(folder)
     step = latest_step(folder) if step is None else step
     config = build(ModelConfig, read_meta(folder, step)["model"], f"{folder}: model")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler()
+    with reading(folder, step), ocp.Checkpointer(handler) as checkpointer:
         path = (folder / "checkpoints" / str(step) / "params").absolute()
         saved = checkpointer.metadata(path).item_metadata.tree
     wanted = {leaf: tuple(array.shape) for leaf, array in flatten(abstract(config)).items()}

@@ -14,6 +14,8 @@ any mesh reads them. Imports `memphis_jax.config`, `model` and `sharding`.
 import dataclasses
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,31 @@ def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
 
 
 def read_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    """The JSON saved beside the weights of FOLDER, at its latest step by default."""
+    """The JSON saved beside the weights of FOLDER, at its latest step by default.
+
+    Raises CheckpointError where it cannot be read.
+    """
     step = latest_step(folder) if step is None else step
-    with open_manager(folder) as manager:
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    with reading(folder, step), open_manager(folder) as manager:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if not isinstance(meta.get("model"), dict):
+            raise ValueError("its meta names no model")
+        return meta
+
+
+@contextmanager
+def reading(folder: str | Path, step: int) -> Iterator[None]:
+    """Names FOLDER and the step in a CheckpointError for whatever orbax makes of damage."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # of any class, with a description of the array in pages
+        told = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}: step {step} cannot be read, it is cut off or damaged ({told}): copy it "
+            f"again, or delete {Path(folder) / 'checkpoints' / str(step)} to use the step before it"
+        ) from error
 
 
 def read_model_config(meta: dict[str, Any], folder: str | Path) -> ModelConfig:
@@ -110,8 +133,8 @@ def restore_model(
     None is the default device. The mesh it was saved on does not matter: each device reads its own
     parts.
 
-    Raises CheckpointError where FOLDER holds no checkpoint, and ConfigError or ValueError where its
-    model does not fit this program.
+    Raises CheckpointError where FOLDER holds no checkpoint or a damaged one, and ConfigError where
+    its model does not fit this program.
     """
     step = latest_step(folder)
     meta = read_meta(folder, step)
@@ -125,7 +148,7 @@ def restore_model(
         name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=places[name])
         for name, leaf in leaves.items()
     }
-    with open_manager(folder) as manager:
+    with reading(folder, step), open_manager(folder) as manager:
         args = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
         params = manager.restore(step, args=args).params
     return unflatten(read_model_config(meta, folder), params), meta
@@ -140,7 +163,7 @@ def restore_train(folder: str | Path, like: Any, step: int | None = None) -> Any
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, (_, leaf) in zip(names, leaves, strict=True)
     }
-    with open_manager(folder) as manager:
+    with reading(folder, step), open_manager(folder) as manager:
         args = ocp.args.Composite(train=ocp.args.StandardRestore(wanted))
         saved = manager.restore(step, args=args).train
     return jax.tree_util.tree_unflatten(treedef, [saved[name] for name in names])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import assert_same_bits, named_leaves, tiny_model
 
+from convert.weights import open_checkpoint
 from memphis_jax import checkpoint
 from memphis_jax.checkpoint import CheckpointError
 from memphis_jax.config import ConfigError, OptimizerConfig, PhaseConfig
@@ -112,6 +115,26 @@ def test_a_folder_without_a_complete_checkpoint_is_named(tmp_path: Path, made: s
         with pytest.raises(CheckpointError, match=f"{folder} holds no complete checkpoint"):
             read(folder)
     assert folder.exists() == (made != "nothing")  # looking creates nothing
+
+
+@pytest.mark.parametrize("lost", ["meta", "meta/metadata", "params", "params/_METADATA", "data"])
+def test_a_damaged_step_is_named(tmp_path: Path, lost: str) -> None:
+    """What a copy that was cut off, or a full disk, leaves: each is another error of orbax."""
+    save(tmp_path, 1, filled_state())
+    step = tmp_path / "checkpoints" / "1"
+    if lost == "data":
+        for file in (step / "params").glob("ocdbt.*/d/*"):
+            os.truncate(file, 9)
+    elif (step / lost).is_dir():
+        shutil.rmtree(step / lost)
+    else:
+        (step / lost).write_text("{}" if lost == "meta/metadata" else "")
+    told = f"^{tmp_path}: step 1 cannot be read, .* or delete {step} to use the step before it$"
+    with pytest.raises(CheckpointError, match=told):
+        checkpoint.restore_model(tmp_path)
+    if lost != "data":
+        with pytest.raises(CheckpointError, match=told):
+            open_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_of_a_newer_program_is_refused(tmp_path: Path) -> None:
