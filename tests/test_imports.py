@@ -15,7 +15,8 @@ CONFIG = "memphis_jax.config"
 ALLOWED: dict[str, set[str]] = {
     "memphis_jax.fields": set(),
     "memphis_jax.model_config": {"memphis_jax.fields"},
-    CONFIG: {"memphis_jax.fields", "memphis_jax.model_config"},
+    "memphis_jax.training_config": {"memphis_jax.fields", "memphis_jax.model_config"},
+    CONFIG: {"memphis_jax.fields", "memphis_jax.model_config", "memphis_jax.training_config"},
     "memphis_jax.losses": set(),
     "memphis_jax.neftune": set(),
     "memphis_jax.adalite": set(),
