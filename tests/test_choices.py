@@ -20,6 +20,7 @@ ABC = (("A", "12"), ("B", "13"), ("C", "a dog"))
         ("Options:\n(A) A) 12\n(B) B) 13\n(C) C) a dog", ABC),
         ("See (A) and (B). Options: (A) 12 (B) 13 (C) a dog", ABC),
         ("What?\nOptions:\n- bloody mess\n- cake", (("", "bloody mess"), ("", "cake"))),
+        ("What?\nOptions:\n- bloody mess", ()),
         ("Buy:\n- bread\n- cake\nHow many?", ()),  # a list, but no options
         ("(a) Find x. (b) Find y.", ()),  # parts of a question
         ("What is f(A) (B) if A. is B. and so on", ()),
@@ -167,6 +168,8 @@ def test_a_formula_names_the_option_that_it_equals(target: str, verdict: str) ->
         return (a, b) == (half, "0.5 x")
 
     assert check_choice("0.5 x", target, options=options, equal=equal) == verdict
+    numbers = (("A", "12"), ("B", "13"))  # none of them is the ground truth
+    assert check_choice("0.5 x", half, options=numbers, equal=equal) == "correct"
 
 
 def never(a: str, b: str) -> None:

@@ -35,10 +35,8 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 def test_every_initial_matrix_is_a_draw_of_its_own():
     config = ModelConfig(**{**TINY, "hidden_size": 32, "intermediate_size": 32})
     config = replace(config, vocab_size=32, num_key_value_heads=4)
-    leaves = {
-        name: np.asarray(x) for name, x in flatten(StableLM(config, jax.random.key(0))).items()
-    }
-    matrices = [x.reshape(-1, 32, 32) for name, x in leaves.items() if x.shape[-2:] == (32, 32)]
+    leaves = flatten(StableLM(config, jax.random.key(0))).values()
+    matrices = [x.reshape(-1, 32, 32) for x in leaves if x.shape[-2:] == (32, 32)]
     flat = np.concatenate(matrices).reshape(-1, 32 * 32)
     assert len(flat) == 2 + 7 * config.num_hidden_layers
     np.testing.assert_allclose(flat.std(axis=1), config.initializer_range, rtol=0.1)

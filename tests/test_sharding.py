@@ -318,6 +318,12 @@ def test_candidates_are_found_in_the_global_batch() -> None:
         np.testing.assert_array_equal(moved[name], array)  # one process: nothing moves
 
 
+def test_rows_that_do_not_divide_over_the_devices_are_refused() -> None:
+    rows = {"tokens": np.zeros((1, 12, 4), np.int32)}
+    with pytest.raises(ValueError, match=r"tokens \(1, 12, 4\) does not divide over 8 devices"):
+        sharding.global_batch(rows, mesh_of((1, 8, 1)), 0)
+
+
 # --- wrong sizes, told before anything is built
 
 
