@@ -69,9 +69,12 @@ def test_a_shard_of_other_weights_is_refused_or_replaced(
     with pytest.raises(blocks.SampledOtherwise, match=r"model\.safetensors"):
         blocks.open_shard(tmp_path, 0, 1, 1, META, replace=False)
     assert other.is_file() and not capsys.readouterr().err
+    merged = tmp_path / "completions.jsonl"
+    merged.write_text("of the other weights")
     folder, left = blocks.open_shard(tmp_path, 0, 1, 1, META, replace=True)
     assert "sampling all again: " in capsys.readouterr().err
     assert left == [0] and list(folder.iterdir()) == []
+    assert not merged.exists()  # a kill before the next merge would leave it to `memphis grade`
 
 
 def test_every_cut_and_every_changed_byte_is_damage(tmp_path: Path) -> None:

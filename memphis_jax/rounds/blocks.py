@@ -19,6 +19,7 @@ from typing import Any
 from memphis_jax.rounds.files import publish, read_jsonl, write_jsonl
 
 Row = dict[str, Any]
+COMPLETIONS = "completions.jsonl"
 OF_THE_PLACE = ("hardware", "shard")  # in `meta`, but free to differ between blocks
 
 
@@ -69,7 +70,8 @@ def open_shard(
 ) -> tuple[Path, list[int]]:
     """(folder of a shard, numbers of the blocks that it lacks); the folder is made.
 
-    Where a block was sampled otherwise, all of the shard go if `replace`, else SampledOtherwise.
+    Where a block was sampled otherwise, all of the shard go if `replace`, and what was merged of
+    them; else SampledOtherwise.
     """
     folder = shard_folder(out, index, count)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,7 @@ def open_shard(
         if not replace:
             raise
         print(f"sampling all again: {error}", file=sys.stderr, flush=True)
+        (out / COMPLETIONS).unlink(missing_ok=True)  # it would outlive a kill, and be graded
         shutil.rmtree(folder)
         folder.mkdir()
         left = list(range(num_blocks))
@@ -158,7 +161,7 @@ def gather(out: Path, count: int, ids: Sequence[str], meta: Mapping[str, Any]) -
     header["hardware"] = [h for i, h in enumerate(hardware) if h not in hardware[:i]]
     header |= {"shards": count, "skipped": skipped}
     rows = [by_id[name][k] for name in ids if name in by_id for k in sorted(wanted)]
-    write_jsonl(out / "completions.jsonl", [{"meta": header}, *rows])
+    write_jsonl(out / COMPLETIONS, [{"meta": header}, *rows])
     return len(rows)
 
 

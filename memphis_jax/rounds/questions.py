@@ -34,6 +34,10 @@ def read_questions(paths: Sequence[str], limit: int, seed: int) -> list[dict[str
                         f"{path}, line {number}: {name!r} must be text (`memphis data` writes "
                         f"questions with ids): {row}"[:300]
                     )
+            if not _is_unicode(row["id"]):
+                raise ValueError(
+                    f"{path}, line {number}: the id {row['id']!r} is not valid Unicode"
+                )
             if row["id"] in seen:
                 raise ValueError(f"{path}, line {number}: the id {row['id']!r} is there twice")
             seen.add(row["id"])
@@ -42,6 +46,11 @@ def read_questions(paths: Sequence[str], limit: int, seed: int) -> list[dict[str
         chosen = np.random.default_rng(seed).permutation(len(questions))[:limit]
         questions = [questions[i] for i in sorted(chosen)]
     return questions
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which JSON can spell and no file can hold."""
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def encode_questions(
@@ -54,7 +63,6 @@ def encode_questions(
     questions: list[Question] = []
     for row in rows:
         try:
-            row["prompt"].encode()  # half a surrogate pair is text to JSON, but to no tokenizer
             tokens = encode_prompt(tokenizer, row["prompt"])
         except ValueError as error:
             questions.append(Question(row["id"], [], str(error)))
