@@ -85,8 +85,8 @@ def stream(
       pad: the length that prompts are padded to; each one is compiled.
       spread: puts arrays of rows on the devices that the model is on, which divide batch_size.
 
-    Raises ValueError where a prompt and its max_new_tokens exceed max_position_embeddings, and
-    RuntimeError where the model's logits are not finite.
+    Raises ValueError where a prompt is empty, or exceeds max_position_embeddings with its
+    max_new_tokens, and RuntimeError where the model's logits are not finite.
     """
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     lengths = [len(prompt) for prompt in prompts]
@@ -146,6 +146,8 @@ def _most_pages(model: StableLM, lengths: Sequence[int], limits: Sequence[int], 
     """Of the longest prompt with its tokens."""
     most, allowed = 0, model.config.max_position_embeddings
     for length, limit in zip(lengths, limits, strict=True):
+        if not length:
+            raise ValueError("a prompt has no tokens: there is nothing that a token could follow")
         if length + limit > allowed:
             raise ValueError(
                 f"a prompt of {length} tokens and max_new_tokens = {limit} exceed the "

@@ -61,7 +61,7 @@ def test_every_question_is_as_likely_to_be_in_a_share(tmp_path: Path) -> None:
         ('{"id": "q16"}', "line 17: 'prompt' must be text"),
         ('{"id": "q16", "prompt": null}', "line 17: 'prompt' must be text"),
         ('{"id": "q3", "prompt": "text"}', "line 17: the id 'q3' is there twice"),
-        (r'{"id": "\ud83d", "prompt": "x"}', r"line 17: the id '\\ud83d' is not valid Unicode"),
+        (r'{"id": "\ud83d", "prompt": "x"}', r"line 17: the id '\\ud83d' is no valid Unicode"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, told: str) -> None:

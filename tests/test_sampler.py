@@ -195,6 +195,11 @@ def test_stop_text_ends_a_row(model: StableLM) -> None:
         assert short[1] == Completion(longest[1][:number], reason)
 
 
+def test_an_empty_prompt_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        draw(tiny_model(), [[1, 2], []])
+
+
 def test_a_prompt_too_long_for_the_model_is_an_error() -> None:
     model = tiny_model(max_position_embeddings=50)
     prompts = prompts_of((3, 31), 61)
