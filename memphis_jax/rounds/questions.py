@@ -35,9 +35,7 @@ def read_questions(paths: Sequence[str], limit: int, seed: int) -> list[dict[str
                         f"questions with ids): {row}"[:300]
                     )
             if not _is_unicode(row["id"]):
-                raise ValueError(
-                    f"{path}, line {number}: the id {row['id']!r} is not valid Unicode"
-                )
+                raise ValueError(f"{path}, line {number}: the id {row['id']!r} is no valid Unicode")
             if row["id"] in seen:
                 raise ValueError(f"{path}, line {number}: the id {row['id']!r} is there twice")
             seen.add(row["id"])
