@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from reference_models import SMALL, make_hf, read_folder
 from convert import load_hf
 from convert.from_hf import from_hf
 from convert.mapping import transpose_into
-from convert.raw import block_buffer, blocks, in_order, mapped, transposed_block
+from convert.raw import beside, block_buffer, blocks, in_order, mapped, transposed_block
 from convert.to_hf import to_hf
 from convert.verify import verify
 from convert.weights import open_checkpoint
@@ -96,6 +97,23 @@ def test_jobs_under_way_cost_at_most_the_limit():
             taken.append(result)
     assert taken == [1, 1, 5, 1, 1, 2]
     assert taken_before == [0, 0, 2, 3, 3, 5]
+
+
+def test_what_an_error_finds_not_begun_never_begins():
+    begun, started, cancelled = [], Event(), Event()
+
+    def first():
+        begun.append("first")
+        started.set()
+        cancelled.wait(timeout=5)
+
+    with pytest.raises(ValueError), beside() as pool:
+        pool.submit(first)
+        second = pool.submit(begun.append, "second")
+        second.add_done_callback(lambda _: cancelled.set())
+        started.wait(timeout=30)
+        raise ValueError
+    assert second.cancelled() and begun == ["first"]
 
 
 def test_a_training_saves_a_layer_of_a_kernel_in_a_chunk(tmp_path):

@@ -228,6 +228,14 @@ def test_rank_batches_have_one_shape_and_hold_every_group_once_an_epoch() -> Non
     assert digest(batches[0]) != digest(batches[3])
 
 
+@pytest.mark.parametrize(("multiple", "rows"), [({}, 3), ({"row_multiple": 2}, 4)])
+def test_rows_are_rounded_up_to_the_devices(multiple: dict[str, int], rows: int) -> None:
+    row = Example(np.ones(SEQ_LEN + 1, np.int32), np.arange(SEQ_LEN + 1) > 0)
+    group = Group((row, row), (0, 1), row)  # three rows
+    loader = rank_loader([group], seq_len=SEQ_LEN, batch_size=1, epochs=1, seed=0, **multiple)
+    assert loader[0]["tokens"].shape == (1, rows, SEQ_LEN)
+
+
 @pytest.mark.parametrize("kind", ["sft", "rank"])
 def test_a_restored_iterator_goes_on_with_the_next_batch(kind: str) -> None:
     def new() -> Loader:

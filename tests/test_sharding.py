@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,6 +366,23 @@ def test_slices_lie_along_data() -> None:
     devices = [SimpleNamespace(platform="tpu", slice_index=i // 2) for i in range(4)]
     with pytest.raises(ConfigError, match=r"mesh\.data = 1 is not a multiple of the 2 slices"):
         sharding.make_mesh(1, 4, 1, devices=devices)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU has a slice_index too: its host's number."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "H100"
+
+
+def test_only_tpus_have_slices_and_fsdp_takes_all_devices() -> None:
+    mesh = sharding.make_mesh(devices=[Gpu(i, slice_index=i // 2) for i in range(4)])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "model": 1}
+    assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]
 
 
 def test_rows_of_real_slices() -> None:
