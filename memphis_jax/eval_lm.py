@@ -189,7 +189,8 @@ class JaxLM(TemplateLM):
         if room <= 0:
             raise ValueError(
                 f"max_gen_toks {new} leaves no room for a prompt in the model's "
-                f"max_position_embeddings {self.max_length}"
+                f"max_position_embeddings {self.max_length}: leave out the tasks that generate "
+                "(multiple choice needs no room), or take a model with a longer context"
             )
         prompts = [self.tok_encode(context)[-room:] for context in contexts]
         stops = [stop for stop in until if stop]

@@ -198,6 +198,7 @@ def test_lengths_are_padded_to_few_sizes() -> None:
         ({"do_sample": True, "temperature": 0.7}, "decodes greedily"),
         ({"until": ["x"], "top_k": 5}, "'top_k': 5"),
         ({"max_gen_toks": CONTEXT}, f"max_gen_toks {CONTEXT} leaves no room"),
+        ({"max_gen_toks": CONTEXT}, "leave out the tasks that generate"),
     ],
 )
 def test_what_it_cannot_do_is_refused(engines: Engines, settings: Any, told: str) -> None:
