@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import harness
 from memphis_jax.rounds.certificate import file_hashes
 from memphis_jax.rounds.files import write_json
-from memphis_jax.tensors import Tensor, header, open_tensors, to_float64
+from memphis_jax.tensors import header, open_tensors, to_float64
 
 WIDTH, MLP, VOCABULARY = 2560, 6912, 50304  # of the 3B
 
@@ -80,9 +80,8 @@ def make_model(folder: Path, gigabytes: float, seed: int) -> None:
     weight_map = {}
     for number, members in enumerate((names[:half], names[half:]), start=1):
         file = f"model-{number:05}-of-00002.safetensors"
-        kinds = [Tensor(folder / file, name, "BF16", table[name]) for name in members]
         with open(folder / file, "wb") as out:
-            out.write(header(kinds))
+            out.write(header({name: ("BF16", table[name]) for name in members}))
             for name in members:
                 out.write(values(name, table[name], seed).view(np.uint8).data)
         weight_map |= dict.fromkeys(members, file)

@@ -1,7 +1,7 @@
 """The HF folder on disk: read and checked from its headers, and published by rename.
 
 Only safetensors are read: a .bin is a pickle, and unpickling runs code. Imports
-`memphis_jax.config` and `convert.mapping`.
+`memphis_jax.config`, `memphis_jax.tensors` and `convert.mapping`.
 """
 
 import json
@@ -12,21 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert.mapping import IGNORED, Place, by_leaf, places
+from convert.mapping import Place, by_leaf, places
 from convert.raw import mapped
 from memphis_jax.config import ModelConfig
+from memphis_jax.tensors import DTYPES as KNOWN
+from memphis_jax.tensors import IGNORED, INDEX
 
 Progress = Callable[[int, int], None]  # (leaves or tensors done, in all)
-INDEX = "model.safetensors.index.json"
-DTYPES = {  # of safetensors -> of numpy
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-}
+DTYPES = {code: KNOWN[code] for code in ("F32", "BF16", "F16")}  # that are converted
 
 
 class ConvertError(RuntimeError):

@@ -5,7 +5,6 @@ stablelm_epoch checkpoints name their tensors the same way. Imports `memphis_jax
 `memphis_jax.model`.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +37,6 @@ HF_NAMES = {
     "norm/bias": "model.norm.bias",
     "norm/scale": "model.norm.weight",
 }
-
-# Buffers of old checkpoints that follow from the config: never read, never written.
-IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 _BLOCK = 256  # rows transposed at once: 2 to 3 times as fast as numpy's copy of a whole matrix
 _WORDS = 64  # of 8 bytes, of each of these rows

@@ -8,6 +8,7 @@ import numpy as np
 from convert.hf_folder import DTYPES, ConvertError
 from convert.mapping import Place, places
 from convert.weights import CODES, Checkpoint
+from memphis_jax.tensors import split
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,6 @@ def divide(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
         owners[name] = min((2 * before + size) * processes // (2 * total), processes - 1)
         before += size
     return owners
-
-
-def split(
-    sizes: Mapping[str, int], limit: int, owners: Mapping[str, int] | None = None
-) -> dict[str, list[str]]:
-    """{file: its tensors}, in order, of one owner, at most `limit` bytes; a larger one is alone."""
-    shards: list[list[str]] = []
-    used, owners = 0, owners or dict.fromkeys(sizes, 0)
-    for name, size in sizes.items():
-        if not shards or used + size > limit or owners[name] != owners[shards[-1][0]]:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 def _dtype(name: str) -> np.dtype:

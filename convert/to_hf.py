@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_folder import DTYPES, INDEX, ConvertError, Progress, partial_of, published
+from convert.hf_folder import ConvertError, Progress, partial_of, published
 from convert.hosts import ALONE, Hosts, Team, team_of
 from convert.mapping import Place
 from convert.plan import Plan, divide, make_plan
@@ -37,6 +37,7 @@ from convert.raw import beside, threads
 from convert.shard import new_shard
 from convert.weights import CODES, Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import TOKENIZER_FILES
+from memphis_jax.tensors import INDEX, header
 
 CERTIFICATE = "conversion.json"
 TOKEN = ".token"  # in the unfinished folder: shows that all processes see the same one
@@ -83,23 +84,6 @@ def to_hf(
 def is_export(hf: Path) -> bool:
     """Whether a folder carries the certificate of an earlier `to_hf`."""
     return (hf / CERTIFICATE).is_file()
-
-
-def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Start of a safetensors file of {name: (dtype, shape)} whose bytes follow in this order.
-
-    The format (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes
-    little-endian, then the header, JSON padded with spaces to a multiple of 8. The library itself
-    writes only files that it is given whole.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + int(np.prod(shape)) * DTYPES[CODES[dtype]].itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def describe(value: np.ndarray, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -211,12 +195,14 @@ def _write_part(
         for file, members in plan.files.items():
             if plan.owners[members[0]] != process:
                 continue
-            shapes = {n: (plan.kinds[mine[n].leaf].name, mine[n].shape) for n in members}
-            with new_shard(folder / file, safetensors_header(shapes), pool) as shard:
+            kinds = {n: plan.kinds[mine[n].leaf].name for n in members}
+            start = header({n: (CODES[kinds[n]], mine[n].shape) for n in members})
+            with new_shard(folder / file, start, pool) as shard:
                 for name in members:
                     tick(len(tensors))
                     value, transposed = next(values)
-                    tensors[name] = _description(*shapes[name], shard.add(value, transposed))
+                    sha256 = shard.add(value, transposed)
+                    tensors[name] = _description(kinds[name], mine[name].shape, sha256)
                     del value  # before the next is read
                 files[file] = shard.close()
         for hashed in hashing:

@@ -161,7 +161,7 @@ def _write_tensors(
         task = bar.add_task("merging", total=total)
         for file, members in shards.items():
             with open(folder / file, "wb") as out:
-                out.write(header([left[name] for name in members]))
+                out.write(header({n: (left[n].dtype, left[n].shape) for n in members}))
                 for name in members:
                     pair = (left[name], right[name])
                     rows[name] = _merge_tensor(*pair, ts[name], how, pool, out)

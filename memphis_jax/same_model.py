@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from memphis_jax import config as configs
 from memphis_jax.fields import difference
-from memphis_jax.tensors import DTYPES, Tensor, open_tensors
-
-# Buffers of old checkpoints that follow from the config: left out wherever they are.
-IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+from memphis_jax.tensors import DTYPES, IGNORED, Tensor, open_tensors
 
 Tensors = dict[str, Tensor]
 

@@ -1,11 +1,12 @@
 """The tensors of an HF folder: read piece by piece, written one after another. No jax.
 
 Reading is safetensors' own (a .bin is a pickle, which is never loaded). Writing is ours, since the
-library writes only files that it is given whole; `convert.to_hf` has the same for a checkpoint's
-leaves.
+library writes only files that it is given whole. Imports nothing of ours.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +23,8 @@ DTYPES = {  # of safetensors -> of numpy
     "F16": np.dtype(np.float16),
     "F64": np.dtype(np.float64),
 }
+# Buffers of old checkpoints that follow from the config: never read, never written.
+IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,18 @@ def from_float64(values: np.ndarray, dtype: str) -> np.ndarray:
     return (bits >> np.uint32(16)).astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
-def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """{file: its tensors} of {tensor: bytes}, in order; at most `limit` bytes each, or one tensor.
+def split(
+    sizes: Mapping[str, int], limit: int, owners: Mapping[str, int] | None = None
+) -> dict[str, list[str]]:
+    """{file: its tensors} of {tensor: bytes}, in order, of one owner each.
 
-    Files are named as transformers names them.
+    A file has at most `limit` bytes; a larger tensor is alone. Files are named as transformers
+    names them.
     """
     shards: list[list[str]] = []
-    used = 0
+    used, owners = 0, owners or dict.fromkeys(sizes, 0)
     for name, size in sizes.items():
-        if not shards or used + size > limit:
+        if not shards or used + size > limit or owners[name] != owners[shards[-1][0]]:
             shards.append([])
             used = 0
         shards[-1].append(name)
@@ -134,18 +140,17 @@ def split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def header(tensors: list[Tensor]) -> bytes:
-    """Start of a safetensors file whose tensors' bytes follow in this order.
+def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """Start of a safetensors file of {name: (dtype, shape)} whose bytes follow in this order.
 
     The format (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes
     little-endian, then the header, JSON padded with spaces to a multiple of 8.
     """
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.num_bytes
-        shape = list(tensor.shape)
-        table[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [start, end]}
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * DTYPES[dtype].itemsize
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

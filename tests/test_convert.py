@@ -20,12 +20,12 @@ from convert import load_hf
 from convert.from_hf import from_hf
 from convert.hf_folder import ConvertError
 from convert.mapping import HF_NAMES, places
-from convert.plan import split
 from convert.to_hf import to_hf
 from convert.verify import verify
 from memphis_jax.checkpoint import open_manager, restore_model, save
 from memphis_jax.config import ModelConfig
 from memphis_jax.model import StableLM, abstract, flatten
+from memphis_jax.tensors import split
 
 REPO = Path(__file__).resolve().parents[1]
 WHOLE = {"qk_layernorm": True, "use_qkv_bias": True, "num_key_value_heads": 2}

@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM
 from convert.hf_folder import ConvertError
 from convert.hosts import ALONE, Hosts, team_of
 from convert.mapping import places
-from convert.plan import divide, split
+from convert.plan import divide
 from convert.to_hf import to_hf
 from convert.verify import verify
 from convert.weights import open_checkpoint
 from memphis_jax.checkpoint import open_manager, save
 from memphis_jax.config import ModelConfig
 from memphis_jax.model import abstract, flatten, unflatten
+from memphis_jax.tensors import split
 
 REPO = Path(__file__).resolve().parents[1]
 WHOLE = ModelConfig(**{**SMALL, "vocab_size": 96, "qk_layernorm": True, "use_qkv_bias": True})

@@ -8,8 +8,9 @@ from safetensors.numpy import save_file
 
 from convert import load_hf
 from convert.from_hf import from_hf
-from convert.hf_folder import INDEX, ConvertError, open_folder, published
+from convert.hf_folder import ConvertError, open_folder, published
 from memphis_jax.model import flatten
+from memphis_jax.tensors import INDEX
 
 
 def test_old_epoch_folder_is_read_and_its_buffers_ignored(tmp_path):

@@ -30,7 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "memphis_jax.optimizer": {CONFIG, "memphis_jax.adalite"},
     "memphis_jax.sharding": {CONFIG},
 }
-CONVERT_MAY_IMPORT = {CONFIG, "memphis_jax.fields", "memphis_jax.model", "memphis_jax.checkpoint"}
+CONVERT_MAY_IMPORT = {
+    *(CONFIG, "memphis_jax.fields", "memphis_jax.model", "memphis_jax.checkpoint"),
+    "memphis_jax.tensors",
+}
 
 # These run on machines without JAX: a GPU host that generates, a laptop that grades.
 JAX_FREE = {
