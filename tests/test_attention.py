@@ -11,7 +11,13 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from memphis_jax.attention import cudnn_attention, pick_attention, segment_runs, splash_attention
+from memphis_jax.attention import (
+    _has_cudnn,
+    cudnn_attention,
+    pick_attention,
+    segment_runs,
+    splash_attention,
+)
 from memphis_jax.config import ConfigError
 from memphis_jax.layers import causal_attention
 from memphis_jax.parallel import make_ops
@@ -142,6 +148,14 @@ def test_a_kernel_that_cannot_raises(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         pick_attention(name, platform, cpu_mesh(model=2), **SHAPE | change)
+
+
+@pytest.mark.skipif(_has_cudnn(), reason="JAX has cuDNN here")
+def test_a_gpu_without_cudnn_takes_xla_or_is_told() -> None:
+    mesh = cpu_mesh()
+    assert pick_attention("auto", "gpu", mesh, **SHAPE) is causal_attention
+    with pytest.raises(ConfigError, match="JAX finds no cuDNN here"):
+        pick_attention("cudnn", "cuda", mesh, **SHAPE)
 
 
 def test_splash_does_not_compile_for_an_old_tpu() -> None:

@@ -9,8 +9,8 @@ from reference_models import FAMILY, make_hf, reference_logits
 
 from convert import load_hf
 from memphis_jax.config import ConfigError, ModelConfig
-from memphis_jax.layers import QUERY_CHUNK, Rotary
-from memphis_jax.model import ONE_DEVICE, StableLM, flatten
+from memphis_jax.layers import QUERY_CHUNK, Rotary, embedding, layer_norm, linear
+from memphis_jax.model import ONE_DEVICE, StableLM, flatten, project
 from tests.helpers import TINY, assert_close
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
@@ -137,6 +137,17 @@ def test_rotary_gradient_is_the_derivative():
     _, back = jax.vjp(lambda x: jnp.einsum("btnh,bthg->btng", x, matrices), x)
     _, ours = jax.vjp(rotary, x)
     assert_close({"dx": ours(dy)[0]}, {"dx": back(dy)[0]})
+
+
+def test_what_is_bfloat16_and_what_is_float32():
+    """257 is no bfloat16: sums that reach it are float32."""
+    x, ones = jnp.ones((257, 2), jnp.bfloat16), jnp.ones((2, 2))
+    for y in (linear(x, ones), layer_norm(x, ones[0], ones[0], 1e-5), embedding(ones, 1, x.dtype)):
+        assert y.dtype == jnp.bfloat16
+    gradient = jax.grad(lambda kernel: linear(x, kernel).sum().astype(jnp.float32))(ones)
+    assert gradient.dtype == jnp.float32 and (gradient == 257).all()
+    logits = project(jnp.asarray([256.0, 1.0], jnp.bfloat16), ones)
+    assert logits.dtype == jnp.float32 and logits.tolist() == [257.0, 257.0]
 
 
 def test_remat_is_not_undone_where_layers_are_unrolled():
