@@ -202,6 +202,24 @@ def test_slots_told_beforehand_change_nothing() -> None:
     assert [digest(batch) for batch in told] == [digest(batch) for batch in sft(examples)]
 
 
+def test_where_slots_are_told_no_example_is_read_before_its_batch() -> None:
+    read: list[int] = []
+
+    class Stored(list[Example]):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Any:
+            return (self[index] for index in range(len(self)))
+
+    examples = make_examples(50)
+    loader = sft(Stored(examples), slots=[len(example.tokens) - 1 for example in examples])
+    assert read == []
+    first = segments(loader[0])
+    assert sorted(read) == sorted(first)
+
+
 def test_rank_batches_have_one_shape_and_hold_every_group_once_an_epoch() -> None:
     groups = make_groups(10)
     golds = [int(group.gold.tokens[0]) for group in groups]
