@@ -1,11 +1,10 @@
 """The HF folder on disk: read and checked from its headers, and published by rename.
 
 Only safetensors are read: a .bin is a pickle, and unpickling runs code. Imports
-`memphis_jax.config`, `memphis_jax.tensors` and `convert.mapping`.
+`memphis_jax.config`, `memphis_jax.tensors`, `memphis_jax.rounds.files` and `convert.mapping`.
 """
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from convert.mapping import Place, by_leaf, places
 from convert.raw import mapped
 from memphis_jax.config import ModelConfig
+from memphis_jax.rounds.files import new_folder
 from memphis_jax.tensors import DTYPES as KNOWN
 from memphis_jax.tensors import IGNORED, INDEX
 
@@ -184,37 +184,18 @@ def bits(array: np.ndarray) -> np.ndarray:
 def published(
     target: Path, source: Path, is_ours: Callable[[Path], bool], kind: str
 ) -> Iterator[Path]:
-    """Yields an empty folder beside `target` that becomes `target` by rename, only on success.
+    """`new_folder`, where a `target` that exists is empty or `is_ours(target)`.
 
-    A `target` that exists is replaced if it is empty or `is_ours(target)`, an earlier output that
-    can be made again; otherwise ConvertError, with `kind` saying what would have been allowed. So
-    is a `target` with `source` in it, which would go with the earlier output.
+    That is an earlier output, which can be made again; otherwise ConvertError, with `kind` saying
+    what would have been allowed. So is a `target` with `source` in it, which would go with the
+    earlier output.
     """
     target, source = target.resolve(), source.resolve()
     if target in (source, *source.parents):
         raise ConvertError(f"{target} holds {source}, which is read: name another folder")
-    partial, old = partial_of(target), target.with_name(f".{target.name}.convert-old")
-    if old.exists() and not target.exists():  # killed between the two renames
-        old.rename(target)
     if target.exists() and not target.is_dir():
         raise ConvertError(f"{target} is a file, a folder is needed")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise ConvertError(f"{target} is not empty and is not {kind}: name another folder")
-    for leftover in (partial, old):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def partial_of(target: Path) -> Path:
-    """The folder beside `target` in which `published` lets it grow."""
-    target = target.resolve()
-    return target.with_name(f".{target.name}.convert-partial")

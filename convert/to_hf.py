@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_folder import ConvertError, Progress, partial_of, published
+from convert.hf_folder import ConvertError, Progress, published
 from convert.hosts import ALONE, Hosts, Team, team_of
 from convert.mapping import Place
 from convert.plan import Plan, divide, make_plan
@@ -37,6 +37,7 @@ from convert.raw import beside, threads
 from convert.shard import new_shard
 from convert.weights import CODES, Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import TOKENIZER_FILES
+from memphis_jax.rounds.files import partial_of
 from memphis_jax.tensors import INDEX, header
 
 CERTIFICATE = "conversion.json"

@@ -20,7 +20,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +42,7 @@ from memphis_jax.interpolate import (
 )
 from memphis_jax.merge_report import describe, summary
 from memphis_jax.rounds.certificate import CERTIFICATE, check_certificate, file_hashes
-from memphis_jax.rounds.files import sha256_file, write_json
+from memphis_jax.rounds.files import new_folder, sha256_file, write_json
 from memphis_jax.same_model import model_config, same_model
 from memphis_jax.tensors import (
     DTYPES,
@@ -99,7 +98,8 @@ def merge_folders(
     left, right = same_model(a, b)
     ts = {name: t_of(name, how) for name in left}
     _check_patterns(how, left)
-    with _published(out, (a, b)) as folder:
+    _check_target(out, (a, b))
+    with new_folder(out) as folder:
         rows = _write_tensors(folder, left, right, ts, how, shard_bytes)
         tensors = {name: row.pop("stored") for name, row in rows.items()}
         report = {**summary(rows, left, how), "a": str(a), "b": str(b), "tensors": rows}
@@ -296,33 +296,14 @@ def _source(certificate: Path) -> Any:
         return None
 
 
-@contextmanager
-def _published(out: Path, parents: Sequence[Path]) -> Iterator[Path]:
-    """An empty folder beside `out` that becomes `out` by rename, only on success.
-
-    Another merge or export there is replaced; anything else, and a parent, is refused.
-    """
+def _check_target(out: Path, parents: Sequence[Path]) -> None:
+    """Raises FileExistsError unless `out` is new, empty, or another merge or export."""
     out = out.resolve()
-    building, old = (out.with_name(f".{out.name}.merge-{word}") for word in ("partial", "old"))
-    if old.exists() and not out.exists():  # killed between the two renames
-        old.rename(out)
     for parent in (parent.resolve() for parent in parents):
         if out in (parent, *parent.parents) or parent in out.parents:
             raise FileExistsError(f"--out {out} and {parent}, which is merged, overlap")
     if out.exists() and not (out / CERTIFICATE).is_file() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else than a merge: choose another --out")
-    for leftover in (building, old):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rename(old)
-    building.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -20,7 +20,7 @@ from typing import Any
 from memphis_jax.chat_template import chat_template, tokenizer_config
 from memphis_jax.model_card import read_json, write_card
 from memphis_jax.rounds.certificate import CERTIFICATE, check_certificate, file_hashes
-from memphis_jax.rounds.files import sha256_file, write_json
+from memphis_jax.rounds.files import new_folder, sha256_file, write_json
 
 _LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 OURS = ("README.md", "tokenizer_config.json", CERTIFICATE)  # written anew
@@ -103,10 +103,7 @@ def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
         raise FileExistsError(f"--out {out} lies in {args.hf}: choose another --out")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         read_json(args.hf / name)  # raises where it is broken
-    building = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with new_folder(out) as building:
         for name in hashes:
             if name not in OURS:
                 _place(args.hf / name, building / name)
@@ -116,11 +113,6 @@ def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
             told = {"license": args.license, "base_model": args.base_model}
             write_card(args.hf, args.workdir, building, repo=args.upload or "", **told)
         _certify(args.hf, building, hashes)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(out, ignore_errors=True)
-    building.rename(out)
 
 
 def _is_published(folder: Path) -> bool:

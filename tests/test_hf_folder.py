@@ -102,10 +102,10 @@ def test_an_index_of_another_form_is_named(tmp_path, weight_map):
 
 def test_what_a_kill_between_two_renames_left_aside_is_put_back(tmp_path):
     """The new output was complete, but if it can no longer be made the old one is still there."""
-    aside = tmp_path / ".out.convert-old"
+    aside = tmp_path / ".out.old"
     aside.mkdir()
     (aside / "weights").write_text("old")
-    (tmp_path / ".out.convert-partial").mkdir()
+    (tmp_path / ".out.partial").mkdir()
     out, source = tmp_path / "out", tmp_path / "in"
     with pytest.raises(KeyError), published(out, source, lambda _: True, "ours"):
         raise KeyError("the source is gone")

@@ -286,7 +286,7 @@ def test_a_real_export_comes_back_from_a_merge(tmp_path: Path) -> None:
 def refused(a: Path, b: Path, out: Path, how: MergeConfig = HALF, **options: Any) -> str:
     with pytest.raises((ValueError, OSError)) as caught:
         merge_folders(a, b, out, how, **options)
-    assert not list(out.parent.glob(".*merge-*"))
+    assert not list(out.parent.glob(".*.partial"))
     told = str(caught.value)
     assert len(told.splitlines()) == 1
     return told
@@ -461,7 +461,7 @@ def test_a_merge_that_a_kill_left_aside_is_put_back(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", tensors(1)), folder(tmp_path / "b", tensors(2))
     merge_folders(a, b, tmp_path / "c", HALF)
     before = file_hashes(tmp_path / "c")
-    (tmp_path / "c").rename(tmp_path / ".c.merge-old")
+    (tmp_path / "c").rename(tmp_path / ".c.old")
     broken = tensors(3)
     broken["model.norm.bias"][3] = np.nan
     refused(a, folder(tmp_path / "d", broken), tmp_path / "c")

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -31,7 +30,7 @@ from memphis_jax.data.fields import Drop, clean
 from memphis_jax.data.prompts import load_tokenizer
 from memphis_jax.data.recipes import Item, Loaded
 from memphis_jax.fields import difference
-from memphis_jax.rounds.files import read_jsonl, sha256_file, write_jsonl
+from memphis_jax.rounds.files import new_folder, read_jsonl, sha256_file, write_jsonl
 
 SPLITS = ("train", "validation", "test")
 FIELDS = ("prompt", "rationale", "target", "source")
@@ -53,19 +52,12 @@ def data(argv: Sequence[str]) -> None:
     config, out = configs.load(args.config, overrides), args.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MANIFEST).is_file():
         raise FileExistsError(f"{out} holds files of something else: choose another --out")
-    building = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        finished = _build(config, building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with new_folder(out) as building:
+        if finished := _build(config, building, out):
+            shutil.rmtree(building)
     if finished:
-        shutil.rmtree(building)
         print(f"{out}: built before from the same inputs, nothing to do")
         return
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(building, out)
     print_manifest(read_manifest(out), out)
 
 
@@ -144,8 +136,6 @@ def load_sources(
         splits = procedural.generate(*counts, config.seed, settings.task)
         procedural.write(building, splits, settings.vocab_size)
         origin = {"generator": procedural.__name__, "task": settings.task, "seed": config.seed}
-    else:
-        building.mkdir(parents=True)
     if tokenizer:
         load_tokenizer(tokenizer)  # says what is wrong with it
         shutil.rmtree(building / "tokenizer", ignore_errors=True)

@@ -5,22 +5,22 @@ either terse or step by step, and nothing in the prompt says which: a model that
 only get better by preferring the more reliable one, which is what the ranking rounds are for. The
 task "more" compares what two people have: a second skill, to be learnt on top of the first one.
 
-Also trains the small tokenizer that goes with the data. Imports the standard library and, for the
-tokenizer, `tokenizers`; nothing of ours and no jax.
+Also trains the small tokenizer that goes with the data. Imports `rounds.files` and, for the
+tokenizer, `tokenizers`; no jax.
 
     python -m memphis_jax.data.procedural --out DIR --seed 0 --train 20000 --test 500
 """
 
 import argparse
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from memphis_jax.rounds.files import new_folder
 
 SHE = ("Mia", "Ann", "Eva", "Zoe")
 HE = ("Tom", "Ben", "Max", "Leo")
@@ -243,15 +243,11 @@ def write(out: Path, splits: dict[str, list[dict[str, str]]], vocab_size: int) -
     texts += TEMPLATE_TEXTS * len(splits["train"])
     tokenizer = train_tokenizer(texts, vocab_size)
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for split, rows in splits.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (partial / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    save_tokenizer(tokenizer, partial / "tokenizer")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with new_folder(out) as partial:
+        for split, rows in splits.items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (partial / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        save_tokenizer(tokenizer, partial / "tokenizer")
     return tokenizer
 
 

@@ -7,7 +7,9 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,39 @@ def publish(path: Path, chunks: Iterable[bytes]) -> None:
         os.fsync(folder)  # the rename itself must reach the disk too
     finally:
         os.close(folder)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place by rename, only on success.
+
+    A caller that removes it leaves `target` as it is. Whether what is there may go, the caller has
+    to know. What a kill between the two renames left aside is put back.
+    """
+    target = target.resolve()
+    partial, old = partial_of(target), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for leftover in (partial, old):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if not partial.exists():
+        return
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_of(target: Path) -> Path:
+    """The folder in which `new_folder` lets `target` grow."""
+    target = target.resolve()
+    return target.with_name(f".{target.name}.partial")
 
 
 def sha256_file(path: str | Path) -> str:
