@@ -28,10 +28,39 @@ from memphis_jax.model import StableLM, abstract, flatten, leaf_name, unflatten
 from memphis_jax.sharding import state_sharding
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of every save
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # all arrays of a save that has failed
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing or cannot be used; the message names the folder."""
+
+
+_WRITE_AGAIN = "make room on its disk, and the same command goes on from the last whole checkpoint"
+
+
+class _Writing(ocp.CheckpointManager):
+    """Names the folder where saving fails; what fails in the background, at the next save."""
+
+    def save(self, *args: Any, **options: Any) -> bool:
+        with _told(f"{self.directory.parent}: a checkpoint cannot be saved", _WRITE_AGAIN):
+            return super().save(*args, **options)
+
+    def close(self) -> None:
+        with _told(f"{self.directory.parent}: a checkpoint cannot be saved", _WRITE_AGAIN):
+            super().close()
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Iterator[None]:
+    """A CheckpointError of one line for whatever orbax raises."""
+    try:
+        yield
+    except (MemoryError, CheckpointError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # of any class, with paths and a description of the array in pages
+        told = " ".join(str(error).split()).partition(" [")[0]  # then TensorStore's specification
+        told = told if len(told) <= 200 else f"{told[:70]} ... {told[-110:]}"
+        raise CheckpointError(f"{what} ({told}): {remedy}") from error
 
 
 def open_manager(folder: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
@@ -46,7 +75,7 @@ def open_manager(folder: str | Path, *, keep: int | None = None) -> ocp.Checkpoi
         "train": ocp.StandardCheckpointHandler(),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager(path, options=options, item_handlers=items)
+    return _Writing(path, options=options, item_handlers=items)
 
 
 def latest_step(folder: str | Path) -> int:
@@ -108,16 +137,10 @@ def read_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
 @contextmanager
 def reading(folder: str | Path, step: int) -> Iterator[None]:
     """Names FOLDER and the step in a CheckpointError for whatever orbax makes of damage."""
-    try:
+    what = f"{folder}: step {step} cannot be read, it is cut off or damaged"
+    gone = Path(folder) / "checkpoints" / str(step)
+    with _told(what, f"copy it again, or delete {gone} to use the step before it"):
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:  # of any class, with a description of the array in pages
-        told = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{folder}: step {step} cannot be read, it is cut off or damaged ({told}): copy it "
-            f"again, or delete {Path(folder) / 'checkpoints' / str(step)} to use the step before it"
-        ) from error
 
 
 def read_model_config(meta: dict[str, Any], folder: str | Path) -> ModelConfig:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def test_a_damaged_step_is_named(tmp_path: Path, lost: str) -> None:
     if lost != "data":
         with pytest.raises(CheckpointError, match=told):
             open_checkpoint(tmp_path)
+
+
+def test_a_save_that_fails_is_named_and_leaves_the_one_before(tmp_path: Path) -> None:
+    """A full disk, by the limit of a file's size: orbax hears of it in the background."""
+    first, limits = filled_state(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save(tmp_path, 1, first)
+    told = f"^{tmp_path}: a checkpoint cannot be saved .* make room on its disk"
+    with pytest.raises(CheckpointError, match=told):  # noqa: SIM117
+        with checkpoint.open_manager(tmp_path, keep=1) as manager:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+            try:
+                checkpoint.save(manager, 2, tiny_model(seed=1), {})
+                manager.close()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same_bits(checkpoint.restore_model(tmp_path)[0], first.model)
 
 
 def test_a_checkpoint_of_a_newer_program_is_refused(tmp_path: Path) -> None:
