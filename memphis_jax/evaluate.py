@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def evaluate(argv: Sequence[str]) -> None:
         raise RuntimeError(
             f"lm-eval is missing ({error}): pip install -e '.[eval]' in the checkout"
         ) from error
+    if args.engine == "hf" and (absent := [p for p in ("torch", "accelerate") if not find_spec(p)]):
+        raise RuntimeError(
+            f"--engine hf needs {' and '.join(absent)}: pip install 'lm-eval[hf]', or leave "
+            "--engine out for our own on JAX"
+        )
     model = describe(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):

@@ -159,6 +159,14 @@ def test_unknown_tasks_and_folders_without_a_model_are_refused(root: Path, tmp_p
         evaluate(words(tmp_path, root, tmp_path / "out", tasks="gsm8k"))
 
 
+def test_what_engine_hf_lacks_is_named_at_once(
+    model: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memphis_jax.evaluate.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="needs torch and accelerate: pip install 'lm-eval"):
+        evaluate(words(model, root, tmp_path / "out", "--engine", "hf", tasks="gsm8k"))
+
+
 def test_a_config_that_no_engine_can_take_is_refused(
     model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
