@@ -170,6 +170,8 @@ def test_a_formula_names_the_option_that_it_equals(target: str, verdict: str) ->
     assert check_choice("0.5 x", target, options=options, equal=equal) == verdict
     numbers = (("A", "12"), ("B", "13"))  # none of them is the ground truth
     assert check_choice("0.5 x", half, options=numbers, equal=equal) == "correct"
+    for source, verdict in (("math", "incorrect"), ("math_qa", "unknown")):  # J, a variable or not
+        assert check_choice("n", "J", options=numbers, source=source, equal=equal) == verdict
 
 
 def never(a: str, b: str) -> None:

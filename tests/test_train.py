@@ -135,9 +135,10 @@ def test_a_step_moves_every_trained_leaf_by_rate_times_direction(frozen: bool) -
     num_steps = make_loader().num_steps
     step = make_step("sft", settings, COMPUTE, num_steps)
     before = named_leaves(tiny_model(**SMALL))
-    state = fresh_state(settings)
-    state = dataclasses.replace(state, step=state.step + 4)
-    state, metrics = step(state, make_loader()[0])
+    given = fresh_state(settings)
+    given = dataclasses.replace(given, step=given.step + 4)
+    state, metrics = step(given, make_loader()[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))  # donated
     after = named_leaves(state.model)
     moved = {name for name in before if (after[name] != before[name]).any()}
     assert moved == before.keys() - (EMBEDDINGS if frozen else set())
