@@ -213,6 +213,7 @@ def test_reported_parts_of_a_rank_batch(model: StableLM, rank_both: Any) -> None
     parts = partition(model, lambda _: False)
     batch = micro_batches(pack_rank(rank_groups(), 2))
     sums, _ = compiled(True)(*parts, batch, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
     values = {name: total / weight for name, (total, weight) in sums.items()}
     used = sum(length - 1 for lengths in GROUP_LENGTHS for length in lengths)
     assert float(values.pop("padding_share")) == pytest.approx(1 - used / (2 * SEQ_LEN))
