@@ -132,7 +132,7 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from memphis_jax import plan_chips
 
     monkeypatch.setattr(plan_chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install libtpu"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
         plan_chips.slice_devices(parse_slice("v5e:4x4"))
 
 
