@@ -150,6 +150,17 @@ def test_a_signal_saves_what_is_done_and_the_command_goes_on(
     assert_same_bits(saved_state(world / name), saved_state(world / "whole"))
 
 
+@pytest.mark.parametrize("end", [False, True])  # True: the run ends before the trace would
+def test_a_profile_is_traced_and_changes_nothing(world: Path, end: bool) -> None:
+    """As a process: JAX's profiler crashes where a TPU's compiler was loaded without a TPU."""
+    name, first = f"traced-{end}", checkpoint.latest_step(world / "whole") if end else 2
+    done = train(world, name, f"--config.compute.profile_step={first}")
+    assert done.returncode == 0, done.stderr
+    assert list((world / name / "profile").rglob("*.xplane.pb"))
+    assert not (world / "whole" / "profile").exists()
+    assert_same_bits(saved_state(world / name), saved_state(world / "whole"))
+
+
 def test_a_finished_run_started_again_does_nothing(world: Path) -> None:
     folder = world / "whole"
 
