@@ -22,9 +22,10 @@ from convert import load_hf
 from memphis_jax.data.packing import Group, pack_groups, pack_rows
 from memphis_jax.data.prompts import Example
 from memphis_jax.layers import QUERY_CHUNK
-from memphis_jax.model import StableLM
+from memphis_jax.model import ONE_DEVICE, Ops, StableLM
 from memphis_jax.objectives import rank_sums, sft_sums
 from memphis_jax.optimizer import is_embedding, partition
+from memphis_jax.sharding import ACTIVATIONS
 from memphis_jax.train_step import loss_and_gradients
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
@@ -227,6 +228,29 @@ def test_noise_and_bfloat16_move_the_loss_a_little(model: StableLM, sft_expected
         total, weight = run(model, pack_sft(ONE_ROW), jax.random.key(0))["token"]
         assert total.dtype == weight.dtype == jnp.float32
         assert 1e-5 < abs(float(total / weight) / exact - 1) < 0.1, change
+
+
+def test_a_meshs_lookup_kernel_and_layouts_are_used(model: StableLM) -> None:
+    used: set[str] = set()
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda *args: used.add(name) or function(*args)
+
+    ops = Ops(
+        lookup=noting("lookup", ONE_DEVICE.lookup),
+        attention=noting("attention", ONE_DEVICE.attention),
+        constrain=lambda x, kind: used.add(kind) or x,
+    )
+    run = partial(sft_sums, **FORWARD, ops=ops)
+    jax.eval_shape(run, model, pack_sft(ONE_ROW), jax.random.key(0))
+    assert used == {"lookup", "attention", *ACTIVATIONS}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_remat_reaches_the_layers(model: StableLM, remat: str) -> None:
+    run = partial(sft_sums, **{**FORWARD, "remat": remat})
+    program = jax.make_jaxpr(run)(model, pack_sft(ONE_ROW), jax.random.key(0))
+    assert ("prevent_cse" in str(program)) == (remat == "full")
 
 
 # HF's name -> ours; a matrix of theirs is [out, in].

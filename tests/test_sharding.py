@@ -169,6 +169,10 @@ def test_the_whole_state_is_divided(name: str) -> None:
     assert len(matrices) >= 9 + 7  # the embeddings are frozen and have no moments
     for leaf in matrices:
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+    planned = abstract_state(ModelConfig(**{**TINY, **SIZES}), settings, mesh)
+    for plan, leaf in zip(jax.tree.leaves(planned), jax.tree.leaves(state), strict=True):
+        assert (plan.shape, plan.dtype) == (leaf.shape, leaf.dtype)
+        assert leaf.size == 1 or plan.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
 @pytest.mark.parametrize(

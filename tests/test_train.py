@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from memphis_jax import checkpoint
 from memphis_jax.config import ComputeConfig, ConfigError, OptimizerConfig, PhaseConfig
 from memphis_jax.data.loader import Batch, Loader, rank_loader, sft_loader
-from memphis_jax.optimizer import cosine_schedule
+from memphis_jax.model import StableLM
+from memphis_jax.optimizer import cosine_schedule, is_embedding, make_optimizer
 from memphis_jax.train import Meter, TrainingStopped, run
-from memphis_jax.train_step import TrainState, init_state, make_step
+from memphis_jax.train_step import TrainState, init_state, make_step, objective, train_step
 
 pytestmark = pytest.mark.slow  # compiles much; `make check` leaves it out
 
@@ -149,6 +151,16 @@ def test_a_step_moves_every_trained_leaf_by_rate_times_direction(frozen: bool) -
             next(key for key in named_leaves(state.opt_state) if key.endswith(f"momentum/{name}"))
         ]
         np.testing.assert_allclose(before[name] - after[name], rate * buffer, atol=2e-7)
+
+
+def test_gradients_and_the_new_state_are_laid_out() -> None:
+    placed: set[type] = set()
+    given = objective("sft", SETTINGS, COMPUTE, None)
+    given["place"] = lambda tree: placed.add(type(tree)) or tree
+    given |= {"optimizer": make_optimizer(SETTINGS.optimizer), "schedule": lambda _: 1e-3}
+    step = partial(train_step, **given, freeze=is_embedding)
+    jax.eval_shape(step, fresh_state(SETTINGS), make_loader()[0])
+    assert placed == {StableLM, TrainState}
 
 
 def test_noise_differs_by_step_and_by_seed() -> None:
