@@ -140,7 +140,7 @@ def test_auto_follows_the_platform_and_what_the_kernel_can_do() -> None:
         ("splash", "tpu", {"seq_len": 200}, "seq_len = 200 is not a multiple of 128; round it up"),
         ("splash", "tpu", {"num_kv_heads": 1}, "num_key_value_heads = 1 is not divisible by "),
         ("splash", "tpu", {"num_heads": 9}, "num_attention_heads = 9 is not divisible by "),
-        ("cudnn", "rocm", {}, "JAX finds no cuDNN here; install"),
+        ("cudnn", "rocm", {}, "JAX finds no cuDNN here; pip install"),
     ],
 )
 def test_a_kernel_that_cannot_raises(
