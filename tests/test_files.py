@@ -76,6 +76,36 @@ def test_windows_files_are_read(tmp_path):
     assert files.read_jsonl(path) == [{"a": "\u2028\ufeff"}, {"a": 2}]
 
 
+def test_where_there_is_no_room_is_said_and_nothing_is_left(tmp_path):
+    code = """
+import resource, sys
+from pathlib import Path
+from memphis_jax.rounds import files
+
+def in_new_folder(target):
+    with files.new_folder(target) as folder:
+        (folder / "part").write_bytes(bytes(2000))
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+here = Path(sys.argv[1])
+for work in (
+    lambda: files.write_json(here / "row.json", "a" * 2000),
+    lambda: in_new_folder(here / "model"),
+):
+    try:
+        work()
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"[Errno 27] File too large: '{tmp_path / name}'" for name in ("row.json", "model")
+    ]
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder, where a file"):
         files.write_json(tmp_path, {})

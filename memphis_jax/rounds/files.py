@@ -4,6 +4,7 @@ Standard library only: the generation host has no jax. One writer per file at a 
 """
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, a user's share, a file's limit
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -88,14 +91,15 @@ def _encode(path: str | Path, obj: Any, where: str, indent: int | None = None) -
 def publish(path: Path, chunks: Iterable[bytes]) -> None:
     """Write to a neighbour, flush to disk, rename.
 
-    A reader sees the old file or the whole new one, whenever this process dies.
+    A reader sees the old file or the whole new one, whenever this process dies. The error of a
+    full disk names the file.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, where a file is to be written")
     # One fixed name: what a killed process left behind is overwritten by the next try.
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with _named(path), temporary.open("wb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
@@ -115,7 +119,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` that takes its place by rename, only on success.
 
     A caller that removes it leaves `target` as it is. Whether what is there may go, the caller has
-    to know. What a kill between the two renames left aside is put back.
+    to know. What a kill between the two renames left aside is put back. The error of a full disk
+    names `target`.
     """
     target = target.resolve()
     partial, old = partial_of(target), target.with_name(f".{target.name}.old")
@@ -125,7 +130,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _named(target):
+            yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -135,6 +141,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that finds no room does not say where: its error gets this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _NO_ROOM:
+            error.filename = str(path)
+        raise
 
 
 def partial_of(target: Path) -> Path:
