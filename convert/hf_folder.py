@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from convert.mapping import Place, by_leaf, places
 from convert.raw import mapped
 from memphis_jax.config import ModelConfig
-from memphis_jax.rounds.files import new_folder
+from memphis_jax.rounds.files import new_folder, read_object
 from memphis_jax.tensors import DTYPES as KNOWN
 from memphis_jax.tensors import IGNORED, INDEX
 
@@ -75,14 +75,11 @@ def open_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Stored]]:
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises ConvertError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise ConvertError(f"{path} does not exist: is {path.parent} an HF folder?") from None
     except ValueError as error:
-        raise ConvertError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConvertError(f"{path} holds a {type(value).__name__}, a JSON object is needed")
-    return value
+        raise ConvertError(str(error)) from None
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

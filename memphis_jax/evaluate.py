@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from memphis_jax.progress import Progress
-from memphis_jax.rounds.files import sha256_file, write_json, write_jsonl
+from memphis_jax.rounds.files import read_object, sha256_file, write_json, write_jsonl
 from memphis_jax.rounds.ledger import locked
-from memphis_jax.same_model import read_object
 from memphis_jax.versions import versions
 
 Row = dict[str, Any]

@@ -5,8 +5,7 @@ merge report, the certificate. What is not there is left out. `evals` are also w
 model-index. Imports `huggingface_hub` for the metadata's format; nothing is sent anywhere.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from memphis_jax.data.contamination import NOT_COMPARED
 from memphis_jax.merge_report import describe
+from memphis_jax.rounds.files import read_object
 
 Row = dict[str, Any]
 
@@ -32,15 +32,7 @@ CONFIG = ("start", "data", "sft", "rank", "generate", "rounds", "seed")  # read 
 
 def read_json(path: Path) -> Row:
     """The object in a file; {} where there is none. Raises ValueError, naming a broken file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): restore it, or make it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object, but {found!r:.40}: make it again")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def write_card(
@@ -52,22 +44,10 @@ def write_card(
     this run.
     """
     stage = stage_of(hf, workdir)
-    config, manifest = read_json(workdir / "config.json"), read_json(workdir / "data/manifest.json")
-    if not config:
-        raise ValueError(f"{workdir} has no config.json: give the --workdir of a run")
-    if missing := [name for name in CONFIG if name not in config]:
-        raise ValueError(
-            f"{workdir}/config.json lacks {', '.join(missing)}: it is not of `memphis rounds` or "
-            "`memphis scribe`; give the --workdir of a run"
-        )
+    config, manifest = _config_of(workdir), read_json(workdir / "data/manifest.json")
     records = [read_json(path) for path in (workdir / "ledger").glob("*.json")]
     records.sort(key=lambda record: record["started"])
     scores, merge = evals(workdir, stage), read_json(hf / "merge.json")
-    start = config["start"]["hf_folder"]
-    start_name = Path(start).name
-    if start_name == "hf":  # an export of a run: the name would say nothing
-        start_name = "a model of an earlier run"
-    from_scratch = not start or bool(config["start"]["rounds_config"])
     repos = [
         row["origin"]["repo"]
         for row in manifest.get("data_sets", {}).values()
@@ -86,19 +66,14 @@ def write_card(
         eval_results=model_index(scores) or None,
     )
     warnings = manifest.get("warnings", [])
-    absent = [text for text in warnings if text.endswith(NOT_COMPARED)]
     context = {
         "metadata": data.to_yaml(),
         "name": data.model_name,
         "model_id": repo or ".",
         "license": license,
-        "start": base_model or ("" if from_scratch else start_name),
+        "start": base_model or _start_of(config),
         "data_sets": manifest.get("data_sets", {}),
-        "evaluation": [
-            name
-            for name in config["data"]["evaluation"]
-            if not any(text.startswith(f"evaluation set {name}: ") for text in absent)
-        ],
+        "evaluation": _compared(config["data"]["evaluation"], warnings),
         "warnings": warnings,
         "phases": phases(config),
         "rounds": config["rounds"]["num_rounds"],
@@ -116,6 +91,37 @@ def write_card(
     }
     (folder / "README.md").write_text(render(context), encoding="utf-8")
     return data
+
+
+def _config_of(workdir: Path) -> Row:
+    config = read_json(workdir / "config.json")
+    if not config:
+        raise ValueError(f"{workdir} has no config.json: give the --workdir of a run")
+    if missing := [name for name in CONFIG if name not in config]:
+        raise ValueError(
+            f"{workdir}/config.json lacks {', '.join(missing)}: it is not of `memphis rounds` or "
+            "`memphis scribe`; give the --workdir of a run"
+        )
+    return config
+
+
+def _start_of(config: Row) -> str:
+    """The name of the model that training started from; "" for none."""
+    start = config["start"]
+    if not start["hf_folder"] or start["rounds_config"]:
+        return ""
+    name = Path(start["hf_folder"]).name
+    return "a model of an earlier run" if name == "hf" else name  # an export's says nothing
+
+
+def _compared(evaluation: Iterable[str], warnings: Iterable[str]) -> list[str]:
+    """The evaluation sets that the training data was compared with."""
+    absent = [text for text in warnings if text.endswith(NOT_COMPARED)]
+    return [
+        name
+        for name in evaluation
+        if not any(text.startswith(f"evaluation set {name}: ") for text in absent)
+    ]
 
 
 def render(context: Mapping[str, Any]) -> str:

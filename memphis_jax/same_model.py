@@ -1,12 +1,11 @@
 """Are two HF folders of one model? Everything in which they are not, named at once. No jax."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 from memphis_jax import config as configs
 from memphis_jax.fields import difference
+from memphis_jax.rounds.files import read_object
 from memphis_jax.tensors import DTYPES, IGNORED, Tensor, open_tensors
 
 Tensors = dict[str, Tensor]
@@ -33,17 +32,6 @@ def model_config(folder: Path) -> configs.ModelConfig:
         return configs.ModelConfig.from_hf(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, naming the file, where it holds none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, a JSON object is needed")
-    return value
 
 
 def mismatches(a: Path, b: Path, left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:

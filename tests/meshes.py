@@ -44,6 +44,10 @@ SETTINGS = PhaseConfig(
 )
 
 
+def mesh_of(shape: tuple[int, int, int]) -> Mesh:
+    return make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
 def batch(phase: str, mesh: Mesh | None = None) -> Batch:
     """The first batch of a run of unequal examples: all of it, or this process's share."""
     rng = np.random.default_rng(0)

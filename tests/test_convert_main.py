@@ -38,7 +38,7 @@ def test_commands(tmp_path, capsys):
         (["to-hf", "absent", "hf"], "absent holds no complete checkpoint"),
         (["verify", "absent", "ckpt"], "absent is not a folder"),
         (["from-hf", "llama", "ckpt"], "model_type = 'llama'"),
-        (["from-hf", "broken", "ckpt"], "config.json is not valid JSON"),
+        (["from-hf", "broken", "ckpt"], "config.json is not JSON"),
     ],
 )
 def test_refusal_is_one_line_and_code_2(args, message, tmp_path):

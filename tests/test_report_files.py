@@ -68,7 +68,7 @@ def test_only_folders_of_rounds_count(tmp_path: Path) -> None:
     ("name", "rows", "told"),
     [
         ("config.json", ["{"], "config.json is not JSON"),
-        ("results.json", ["[]"], "results.json holds no JSON object"),
+        ("results.json", ["[]"], "results.json holds a list, a JSON object is needed"),
         ("ledger/data.json", ["{"], "data.json is not JSON"),
         ("ledger/data.json", [{}], "data.json: the field 'stage' is None"),
         ("ledger/data.json", [RECORD | {"seconds": "1"}], "data.json: the field 'seconds' is '1'"),

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from gpu_host import running_server
 from helpers import tiny_model
-from test_gpu_generate import running_server, tools  # noqa: F401  (a fixture)
 
 from convert.to_hf import to_hf
 from memphis_jax import checkpoint
 from memphis_jax.rounds.files import read_completions, read_jsonl
 
+pytest_plugins = ["gpu_fixtures"]
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 REPO = Path(__file__).parents[1]

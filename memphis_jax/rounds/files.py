@@ -49,6 +49,17 @@ def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or make it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, a JSON object is needed")
+    return value
+
+
 def read_completions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(meta, rows) of a completions file, whose first line is {"meta": {...}}.
 
