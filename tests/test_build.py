@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from build_fixtures import (
+from built import (
     REPO,
     SEQ_LEN,
     built,

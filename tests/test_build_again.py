@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build_fixtures import (
+from built import (
     SEQ_LEN,
     built,
     command,

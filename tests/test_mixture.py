@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hub_fixtures import talk, texts, write_file
-from recipe_fixtures import chat
+from recipe_rows import chat
 
 from memphis_jax import config as configs
 from memphis_jax.config import ConfigError, MixtureEntry

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_fixtures import DATA_SETS, FORGED, LONG, Row, talk
-from recipe_fixtures import ALL, as_jsonl, load_all
+from recipe_rows import ALL, as_jsonl, load_all
 from tokenizers import Tokenizer
 
 from memphis_jax.config import MixtureEntry

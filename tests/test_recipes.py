@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_fixtures import DATA_SETS, LONG, Row, talk, write
-from recipe_fixtures import FORMS, chat, load_all
+from recipe_rows import FORMS, chat, load_all
 
 from memphis_jax.config import MixtureEntry
 from memphis_jax.data import sources
