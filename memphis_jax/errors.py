@@ -8,17 +8,20 @@ Exit codes beside 0 and 1, for whoever starts commands on machines that come and
 """
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-GUARDED = "MEMPHIS_GUARDED"  # set in a process that hosts.py started as one of several
+GUARDED = "MEMPHIS_GUARDED"  # set where hosts.py started one of several processes: the guard's pid
 EXIT_INTERRUPTED = 130  # of a shell: 128 + SIGINT
 EXIT_PREEMPTED = 75  # sysexits.h: temporary failure, try again
 EXIT_PEER_LOST = 76
 EXIT_UNSURE = 77  # of a guarded process: an error that another host may have caused
+LINGER = 30.0  # seconds at most until the guard ends a process that has said its error
 
 
 class Stopped(RuntimeError):
@@ -61,6 +64,10 @@ def _end(message: str, code: int = 1) -> NoReturn:
     if GUARDED not in os.environ:
         sys.exit(code)
     sys.stdout.flush()
+    if code == 1 and os.environ[GUARDED] == str(os.getppid()):
+        # JAX aborts all others when process 0 ends, and they may be about to say the same.
+        os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(LINGER)
     os._exit(code)  # JAX would wait at exit for processes that wait for this one
 
 

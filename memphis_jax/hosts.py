@@ -22,7 +22,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from memphis_jax.errors import EXIT_PEER_LOST, EXIT_UNSURE, GUARDED
-from memphis_jax.hosts_hub import BEAT, GOOD, GRACE, Group, HostsError, Hub, advice, ending
+from memphis_jax.hosts_hub import (
+    BEAT,
+    GOOD,
+    GRACE,
+    LAST_WORD,
+    Group,
+    HostsError,
+    Hub,
+    advice,
+    ending,
+)
 from memphis_jax.rounds.processes import DIE_WITH_PARENT
 
 
@@ -67,7 +77,7 @@ def guard(group: Group, command: Sequence[str]) -> int:
     Its own code where it is 0, 75 (preempted, saved) or an error of its own; 76 where another
     process was lost, which one line on stderr names.
     """
-    hub = Hub(group) if group.process == 0 else None
+    hub, code = Hub(group) if group.process == 0 else None, EXIT_PEER_LOST
     try:
         code = Member(group).run(command)
         if hub:
@@ -78,7 +88,8 @@ def guard(group: Group, command: Sequence[str]) -> int:
         return EXIT_PEER_LOST
     finally:
         if hub:
-            hub.close()
+            # After an error here the others have a while for their own.
+            hub.close(LAST_WORD + (GRACE if code == 1 else 0))
 
 
 class _Lost(Exception):
@@ -95,6 +106,7 @@ class Member:
         self._lost: str | None = None
         self._blamed, self._gentle = -1, False
         self._finished = False  # process 0: what becomes of its host no longer matters
+        self._told = False  # the child has said an error of its own, and waits for its end
         self._go, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
         self._say(hello=group.process, host=socket.gethostname())
@@ -102,19 +114,30 @@ class Member:
     def run(self, command: Sequence[str]) -> int:
         while not self._go.wait(BEAT):
             self._check()
+        signal.signal(signal.SIGUSR1, self._child_told)
         child = subprocess.Popen(
-            command, env={**os.environ, GUARDED: "1"}, preexec_fn=DIE_WITH_PARENT
+            command, env={**os.environ, GUARDED: str(os.getpid())}, preexec_fn=DIE_WITH_PARENT
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda sent, _: child.send_signal(sent))
         try:
-            while (code := _wait(child, BEAT)) is None:
+            while (code := self._wait(child, BEAT)) is None:
                 self._check(child)
         except _Lost:
             child.kill()
             child.wait()
             raise
         return self._end(code)
+
+    def _child_told(self, *_: Any) -> None:
+        self._told = True
+
+    def _wait(self, child: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+        """The child's exit code, 1 once it has said an error; None where it goes on."""
+        deadline = time.monotonic() + seconds
+        while (code := child.poll()) is None and not self._told and time.monotonic() < deadline:
+            time.sleep(BEAT / 10)
+        return 1 if code is None and self._told else code
 
     def _check(self, child: "subprocess.Popen[bytes] | None" = None) -> None:
         """Raises _Lost where the group is broken; a child gets time to end with its own error."""
@@ -124,7 +147,7 @@ class Member:
             self._lost = f"process 0 ({self.group.host}) is silent: {advice()}"
         if not self._lost:
             return
-        if child and self._gentle and _wait(child, GRACE) is not None:
+        if child and self._gentle and self._wait(child, GRACE) is not None:
             return
         raise _Lost(self._lost)
 
@@ -172,13 +195,6 @@ class Member:
             self._blamed = 0
             self._lost = f"process 0 ({self.group.host}) is gone: {advice()}"
         self._closed.set()
-
-
-def _wait(child: "subprocess.Popen[bytes]", seconds: float) -> int | None:
-    try:
-        return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _connect(group: Group) -> socket.socket:

@@ -88,11 +88,11 @@ class Hub:
                 told = True
             time.sleep(BEAT / 5)
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
         """Lets what is being said reach all, who close their lines when they have heard it."""
         with self._lock:
             self._over = True
-        deadline = time.monotonic() + LAST_WORD
+        deadline = time.monotonic() + patience
         while any(peer.open for peer in self._others()) and time.monotonic() < deadline:
             time.sleep(BEAT / 10)
         self._server.close()

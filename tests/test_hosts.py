@@ -234,6 +234,16 @@ def test_an_error_of_all_is_told_by_all(group: Callable[..., Group]) -> None:
     assert [two.end(process) for process in range(2)] == [(1, "bad value\n")] * 2
 
 
+def test_process_0_stays_until_the_others_have_said_the_same(group: Callable[..., Group]) -> None:
+    """JAX's service is in its child, and aborts all others when that ends."""
+    two = group(2)
+    fails = "from memphis_jax.errors import one_line\nwith one_line('test'): raise OSError('bad')"
+    two.start(0, fails)
+    there = f"os.kill(int(open('{two.folder}/pid0').read()), 0)"
+    two.start(1, f"import time; time.sleep(3); {there}\n{fails}")
+    assert [two.end(process) for process in range(2)] == [(1, "test: bad\n")] * 2
+
+
 @pytest.mark.parametrize("aborts", ["os.abort()", "sys.exit(77)"])
 def test_an_abort_that_another_caused_is_not_blamed(
     group: Callable[..., Group], aborts: str
