@@ -33,8 +33,11 @@ SMALL = [  # a few seconds of each stage
 
 def new_place(folder: Path, checkout: Path, port: int) -> Place:
     place = Place(folder, checkout)
-    # Eight devices in all, four on each of two workers, as v4-16 has.
-    Cloud.make(place.cloud.folder, {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"})
+    # Eight devices in all, four on each of two workers, as v4-16 has. What one pod has compiled,
+    # the next finds: most of the time would go to it.
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder.parent / "xla")
+    Cloud.make(place.cloud.folder, environment)
     place.mount.symlink_to(place.bucket)  # mounted here too
     place.environment |= {
         "MEMPHIS_COORDINATOR_PORT": str(port),
