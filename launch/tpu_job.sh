@@ -16,16 +16,19 @@ digest_of_command() { printf '%s\0' "${command[@]:1}" "${environment[@]}" | dige
 log_of() { printf '%s/%s/%s-worker%s.log' "$logs" "$id" "${node[$1]}" "${worker[$1]}"; }
 
 # After `on_all remote state`: takes up the job of this command if it runs everywhere, stops its
-# remains and returns 1; ends the script where another job runs. Sets id.
+# remains and returns 1; ends the script where another job runs. Sets id. A job whose connection was
+# lost is taken up where it has ended too: its exit code was not heard yet.
 find_job() {
-  local process doing one digest mine='' count=0 others='' wanted
+  local process doing one digest mine='' count=0 runs='' others='' wanted unheard=''
+  [[ " ${codes[*]} " != *" lost "* ]] || unheard=$id
   id=$(date -u +%Y%m%d-%H%M%S)-$$
   [[ -z $dry ]] || id=ID
   [[ -z $dry && -z $as_is ]] || return 0
   wanted=$(digest_of_command)
   for process in "${!node[@]}"; do
     read -r _ doing one digest <"$tmp/worker/$process.out" || true
-    [[ $doing == running ]] || continue
+    [[ $doing == running || (-n $unheard && $one == "$unheard") ]] || continue
+    [[ $doing == idle ]] || runs=yes
     if [[ $digest != "$wanted" ]]; then
       others+=" $(label "$process")"
     elif [[ -z $mine || $mine == "$one" ]]; then
@@ -35,11 +38,15 @@ find_job() {
   [[ -z $others ]] || fail "another command runs on$others: wait for it (launch/tpu_status.sh $name)," \
     "or stop it with 'launch/tpu_run.sh $name --stop'"
   if [[ -n $mine ]] && ((count == ${#node[@]})); then
-    say "it runs already: following it"
+    if [[ -n $runs ]]; then
+      say "it runs already: following it"
+    else
+      say "it has ended meanwhile"
+    fi
     id=$mine
     return
   fi
-  if [[ -n $mine ]]; then
+  if [[ -n $runs ]]; then
     say "it runs on $count of ${#node[@]} workers only: stopping it there"
     on_all remote stop 60
     return 1

@@ -95,13 +95,16 @@ stamp() { echo "$1" >stamp; }
 
 running() { [[ -e $job/lock && ! -e $job/exit ]] && ! flock -n "$job/lock" true; }
 
-# state FOLDER: prints the stamp, and of the job its state, id and digest.
+# state FOLDER: prints the stamp, "running" or "idle", and id and digest of the job that runs or has
+# told its exit code.
 state() {
   local stamp=none
   [[ ! -s stamp ]] || stamp=$(<stamp)
   mountpoint -q "$1" || stamp=unmounted
   if running; then
     echo "$stamp running $(<"$job/id") $(<"$job/digest")"
+  elif [[ -e $job/exit ]]; then
+    echo "$stamp idle $(<"$job/id") $(<"$job/digest")"
   else
     echo "$stamp idle none none"
   fi

@@ -112,13 +112,11 @@ def test_a_pod_deleted_while_it_is_requested_anew_does_not_come_back(
     """Its request takes a while to reach the cloud, which has none then: deleting says "gone"."""
     process = pod.run_and_wait_at(2)
     before = len(pod.cloud.calls(command))
-    with pod.cloud.state() as state:
-        state["pause"] = f"compute tpus {command}"
+    pod.cloud.pause(f"compute tpus {command}")
     pod.cloud.preempt("pod")
     wait_for(lambda: len(pod.cloud.calls(command)) > before, "the call on its way")
     pod.ok("tpu_delete.sh", "pod")
-    with pod.cloud.state() as state:
-        state["pause"] = ""
+    pod.cloud.pause("")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "pod was deleted with launch/tpu_delete.sh" in errors

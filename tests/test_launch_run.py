@@ -107,27 +107,35 @@ def test_a_job_that_was_killed_whole_is_no_lost_connection(pod: Place) -> None:
     assert "pod worker 1 has lost its job: restarted, or all its processes killed" in errors
 
 
-def test_a_lost_connection_is_no_error_of_what_was_said_last(pod: Place) -> None:
-    """A guard says "memphis: ..." as tpu_remote.sh does where it cannot run the job."""
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_job_whose_connection_is_lost_is_followed_to_its_end(pod: Place, ends: bool) -> None:
+    """A guard says "memphis: ..." as tpu_remote.sh does where it cannot run the job.
+
+    `ends`: the job ends before a new connection is made.
+    """
     process = pod.run_and_wait_at(2)
     pod.control(hold=2, say="memphis: process 0 of 2 is gone")
     logs = [pod.kept / "logs" / pod.jobs()[0] / f"pod-worker{number}.log" for number in (0, 1)]
     wait_for(lambda: all("is gone\n" in path.read_text() for path in logs), "the line")
+    pod.cloud.pause("compute tpus tpu-vm ssh")
     calls = len(pod.cloud.calls("tpu-vm ssh"))
     wait_for(
-        lambda: (
-            pod.cloud.cut("pod") is None
-            or len(pod.cloud.calls("tpu-vm ssh")) > calls
-            or process.poll() is not None
-        ),
+        lambda: pod.cloud.cut("pod") is None or len(pod.cloud.calls("tpu-vm ssh")) > calls,
         "the end of gcloud's patience",
     )
-    pod.control()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    if ends:
+        pod.control()
+        homes = [pod.cloud.folder / "nodes" / "pod" / f"w{number}" for number in (0, 1)]
+        wait_for(lambda: all((home / "memphis/job/exit").exists() for home in homes), "its end")
+    pod.cloud.pause("")
+    if not ends:
+        wait_for(lambda: len(pod.cloud.calls("tpu_remote.sh run")) == 4, "new followers")
+    _, errors = pod.finish(process)
     assert "the connection to pod worker 0 was lost" in errors
-    pod.check_finished()
+    assert ("it has ended meanwhile" if ends else "it runs already: following it") in errors
     assert len(pod.starts()) == 2
+    lines = [line for line in logs[0].read_text().splitlines() if "is gone" not in line]
+    assert lines == [*(f"process 0: step {n}" for n in range(STEPS)), "[exit code 0]"]
 
 
 def test_an_error_of_the_command_ends_it_with_the_log_of_the_first_that_failed(pod: Place) -> None:

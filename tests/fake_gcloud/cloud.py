@@ -5,8 +5,8 @@
     FOLDER/nodes/NODE/wN/        a worker's home; it goes with its node
     FOLDER/calls.jsonl           every call of gcloud
 
-A test makes a `Cloud`; the programs in bin/ find it by FAKE_CLOUD. `preempt` and `cut` are back
-doors of the test.
+A test makes a `Cloud`; the programs in bin/ find it by FAKE_CLOUD. `preempt`, `pause`
+and `cut` are back doors of the test.
 """
 
 import contextlib
@@ -174,6 +174,11 @@ class Cloud:
                 state["nodes"][node]["state"] = "PREEMPTED"
         for node in request["nodes"]:
             self.kill(node)
+
+    def pause(self, command: str) -> None:
+        """Every call of `command` from now on waits until another one, or "", is given."""
+        with self.state() as state:
+            state["pause"] = command
 
     def cut(self, node: str) -> int:
         """Cuts the ssh connections to a node; what runs there goes on. How many there were."""
