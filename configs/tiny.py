@@ -35,14 +35,14 @@ def get_config() -> ConfigDict:
         "vocab_size": 512,  # tokens
     }
     config.sft = {
-        "epochs": 4,
+        "epochs": 5,
         "batch_size": 4,  # packed rows of seq_len tokens, about 12 examples
         "seq_len": 128,  # tokens
         "mixce_eta": 0.75,  # Memphis-CoT card
         "neftune_alpha": 1.0,  # card: 10, for a trained model of width 2560
         "optimizer": {
             "name": "adalite",  # card
-            "learning_rate": 5e-4,  # peak
+            "learning_rate": 6.5e-4,  # peak
             "warmup_ratio": 0.1,  # share of the steps
             "freeze_embeddings": False,  # card: frozen; random ones must learn
         },
