@@ -70,7 +70,29 @@ run_on() {
     shown gcloud "${words[@]}"
     return
   fi
-  child "$tmp/none" gcloud "${words[@]}" >>"$(log_of "$process")" 2>>"$logs/$id/ssh.log"
+  child "$tmp/none" gcloud "${words[@]}" 2>>"$logs/$id/ssh.log" |
+    keep_log "$(log_of "$process")" >/dev/null 2>&1 {terminal}>&-
+}
+
+# keep_log FILE: each line once. A connection that breaks takes what was under way with it, and gcloud
+# makes another: each begins with "[log of ID]", maybe after half a line of the one before, and the log
+# from its first line on.
+keep_log() {
+  local line begun='' count=0 again=0 # lines kept; how many of them are still to come again
+  while IFS= read -r line; do
+    if [[ $line == *"[log of $id]" ]]; then
+      if [[ -z $begun ]]; then
+        : >"$1" # of an earlier call of this script
+        count=0
+      fi
+      begun=yes again=$count
+    elif ((again > 0)); then
+      again=$((again - 1))
+    else
+      printf '%s\n' "$line" >>"$1"
+      count=$((count + 1))
+    fi
+  done
 }
 
 # code_of PROCESS: gcloud's own errors end with 1 too, so the last line counts; a guard says

@@ -3,7 +3,7 @@
 #
 #   ~/memphis/stamp               what was set up last, whole
 #   ~/memphis/python              the interpreter; venv/ or, with one of the image's own, site/
-#   ~/memphis/job/                the last job: id digest command log exit lock pid shown
+#   ~/memphis/job/                the last job: id digest command log exit lock pid
 #
 # A job does not need the ssh session that started it. gcloud runs a command AGAIN when its
 # connection breaks (command_lib/compute/tpus/tpu_vm/ssh.py, AttemptRunWithRetries): `run` of a job
@@ -110,18 +110,19 @@ state() {
   fi
 }
 
-# run ID DIGEST NAME=VALUE... -- WORD...: starts the job ID unless it has been started; follows its
-# log; the last line tells its exit code, which is this operation's too. The first WORD stands for
-# the interpreter.
+# run ID DIGEST NAME=VALUE... -- WORD...: starts the job ID unless it has been started; prints
+# "[log of ID]", its log from the first line on, and its exit code, which is this operation's too.
+# The first WORD stands for the interpreter.
 run() {
   local id=$1 code
   if [[ ! -e $job/id || $(<"$job/id") != "$id" ]]; then
     start "$@"
   fi
+  printf '[log of %s]\n' "$id"
   follow
+  [[ -z $(tail -c 1 "$job/log") ]] || echo
   [[ -e $job/exit ]] || fail "the job is gone: this worker was restarted, or its processes killed"
   code=$(<"$job/exit")
-  [[ -z $(tail -c 1 "$job/log") ]] || echo
   printf '[exit code %s]\n' "$code"
   exit $((code == 255 ? 254 : code)) # gcloud takes 255 for a lost connection
 }
@@ -140,7 +141,7 @@ start() {
   mkdir -p "$job"
   exec 9>>"$job/lock"
   flock -w 30 9 || fail "processes of the job before still hold $job/lock: see 'fuser $job/lock'"
-  rm -f "$job"/{exit,pid,shown}
+  rm -f "$job"/{exit,pid}
   : >"$job/log"
   printf '%s\n' "$digest" >"$job/digest"
   printf ' %q' "$@" >"$job/command"
@@ -163,19 +164,17 @@ supervise() {
   kill -KILL -- "-$$" # nothing may keep the chips
 }
 
-# Prints what of the log has not been printed yet, until the job ends; one follower at a time.
+# Prints the log until the job ends; one follower at a time.
 follow() {
   local shown=0 size last=''
   [[ ! -s $job/follower ]] || kill "$(<"$job/follower")" 2>/dev/null || true
   echo $$ >"$job/follower"
-  [[ ! -s $job/shown ]] || shown=$(<"$job/shown")
   while [[ -z $last ]]; do
     running || last=yes # then once more
     size=$(wc -c <"$job/log")
     if ((size > shown)); then
       tail -c "+$((shown + 1))" "$job/log" | head -c $((size - shown))
       shown=$size
-      echo "$shown" >"$job/shown"
     fi
     [[ -n $last ]] || sleep 0.2
   done

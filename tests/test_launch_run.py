@@ -164,6 +164,23 @@ def test_a_cut_connection_starts_nothing_twice(pod: Place) -> None:
     assert output.splitlines() == [f"process 0: step {n}" for n in range(STEPS)]
 
 
+def test_what_was_under_way_when_a_connection_was_cut_comes_with_the_next(pod: Place) -> None:
+    """Half a line has arrived, and what the job printed after it is lost with the connection."""
+    process = pod.run_and_wait_at(1)
+    log = pod.kept / "logs" / pod.jobs()[0] / "pod-worker0.log"
+    wait_for(lambda: log.read_text() == "process 0: step 0\n", "the first line")
+    pod.cloud.stalled.touch()
+    pod.control(hold=3)
+    wait_for(lambda: pod.steps() == 3, "more lines")
+    time.sleep(1)  # they are printed on the worker
+    assert pod.cloud.cut("pod") == 2
+    pod.cloud.stalled.unlink()
+    output, _ = pod.finish(process)
+    lines = [f"process 0: step {n}" for n in range(STEPS)]
+    assert output.splitlines() == lines
+    assert log.read_text().splitlines() == [*lines, "[exit code 0]"]
+
+
 def test_after_kill_9_here_the_same_command_follows_the_job(pod: Place) -> None:
     process = pod.run_and_wait_at(2)
     process.kill()
@@ -184,7 +201,7 @@ def test_after_kill_9_here_the_same_command_follows_the_job(pod: Place) -> None:
     pod.check_finished()
     assert len(pod.starts()) == 2
     log = pod.kept / "logs" / pod.jobs()[0] / "pod-worker0.log"
-    assert [line for line in log.read_text().splitlines() if line] == [
+    assert log.read_text().splitlines() == [
         *(f"process 0: step {n}" for n in range(STEPS)),
         "[exit code 0]",
     ]

@@ -5,8 +5,8 @@
     FOLDER/nodes/NODE/wN/        a worker's home; it goes with its node
     FOLDER/calls.jsonl           every call of gcloud
 
-A test makes a `Cloud`; the programs in bin/ find it by FAKE_CLOUD. `preempt`, `pause`
-and `cut` are back doors of the test.
+A test makes a `Cloud`; the programs in bin/ find it by FAKE_CLOUD. `preempt`, `pause`,
+`cut` and `stalled` are back doors of the test.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ KEY = "FAKE_WORKER"  # in the environment of all that runs on a worker: FOLDER:N
 class Cloud:
     def __init__(self, folder: Path):
         self.folder = folder
+        self.stalled = folder / "stalled"  # while it exists, what workers print stays under way
 
     @classmethod
     def make(cls, folder: Path, environment: dict[str, str] | None = None) -> "Cloud":
