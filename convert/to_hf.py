@@ -37,10 +37,10 @@ from convert.raw import beside, threads
 from convert.shard import new_shard
 from convert.weights import CODES, Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import TOKENIZER_FILES
+from memphis_jax.rounds.certificate import CERTIFICATE, check_replaceable
 from memphis_jax.rounds.files import partial_of
 from memphis_jax.tensors import INDEX, header
 
-CERTIFICATE = "conversion.json"
 TOKEN = ".token"  # in the unfinished folder: shows that all processes see the same one
 
 
@@ -57,8 +57,9 @@ def to_hf(
     `max_shard_size` is in bytes of tensors per file. An existing `hf` is replaced only if it is an
     earlier export. With `hosts`, every process calls this with the same arguments and gets the
     certificate once the folder is published; both folders must lie where all hosts see them.
-    Raises what `open_checkpoint` raises, and ConvertError for an unfit target or, in every process,
-    where one of them fails, dies or falls silent.
+    Raises what `open_checkpoint` raises, ConvertError for an unfit target or, in every process,
+    where one of them fails, dies or falls silent, and FileExistsError for an earlier export with
+    files that its certificate does not cover.
     """
     with team_of(hosts, {"--dtype": dtype, "--max-shard-size": max_shard_size}) as team:
         if hosts.process:
@@ -83,8 +84,14 @@ def to_hf(
 
 
 def is_export(hf: Path) -> bool:
-    """Whether a folder carries the certificate of an earlier `to_hf`."""
-    return (hf / CERTIFICATE).is_file()
+    """Whether a folder is an earlier output of `to_hf`: it carries a certificate.
+
+    Raises FileExistsError where it holds what the certificate does not cover.
+    """
+    if not (hf / CERTIFICATE).is_file():
+        return False
+    check_replaceable(hf)
+    return True
 
 
 def describe(value: np.ndarray, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import numpy as np
 
 from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, open_folder, read_json
 from convert.mapping import by_leaf, places, transpose_into
-from convert.to_hf import CERTIFICATE, describe, hash_files, hash_folder
+from convert.to_hf import describe, hash_files, hash_folder
 from convert.weights import Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import read_meta
 from memphis_jax.config import ModelConfig
 from memphis_jax.fields import difference
+from memphis_jax.rounds.certificate import CERTIFICATE
 
 
 @dataclass

@@ -21,7 +21,12 @@ from memphis_jax import config as configs
 from memphis_jax.interpolate import METHODS, THRESHOLD
 from memphis_jax.merge_report import describe, summary
 from memphis_jax.merge_tensors import write_tensors
-from memphis_jax.rounds.certificate import CERTIFICATE, check_certificate, file_hashes
+from memphis_jax.rounds.certificate import (
+    CERTIFICATE,
+    check_certificate,
+    check_replaceable,
+    file_hashes,
+)
 from memphis_jax.rounds.files import new_folder, sha256_file, write_json
 from memphis_jax.same_model import model_config, same_model
 
@@ -150,12 +155,14 @@ def _source(certificate: Path) -> Any:
 
 
 def _check_target(out: Path, parents: Sequence[Path]) -> None:
-    """Raises FileExistsError unless `out` is new, empty, or another merge or export."""
+    """Raises FileExistsError unless `out` is new, empty, or another merge or export as it was."""
     out = out.resolve()
     for parent in (parent.resolve() for parent in parents):
         if out in (parent, *parent.parents) or parent in out.parents:
             raise FileExistsError(f"--out {out} and {parent}, which is merged, overlap")
-    if out.exists() and not (out / CERTIFICATE).is_file() and (out.is_file() or any(out.iterdir())):
+    if (out / CERTIFICATE).is_file():
+        check_replaceable(out)
+    elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else than a merge: choose another --out")
 
 

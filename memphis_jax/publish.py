@@ -19,7 +19,12 @@ from typing import Any
 
 from memphis_jax.chat_template import chat_template, tokenizer_config
 from memphis_jax.model_card import read_json, write_card
-from memphis_jax.rounds.certificate import CERTIFICATE, check_certificate, file_hashes
+from memphis_jax.rounds.certificate import (
+    CERTIFICATE,
+    check_certificate,
+    check_replaceable,
+    file_hashes,
+)
 from memphis_jax.rounds.files import new_folder, sha256_file, write_json
 
 _LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
@@ -97,7 +102,9 @@ def _no_repo(name: str) -> str:
 
 def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
     """Writes `out`, replacing an earlier one; it appears by rename."""
-    if out.exists() and not _is_published(out) and (out.is_file() or any(out.iterdir())):
+    if _is_published(out):
+        check_replaceable(out)
+    elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else: choose another --out")
     if args.hf.resolve() in (out.resolve(), *out.resolve().parents):
         raise FileExistsError(f"--out {out} lies in {args.hf}: choose another --out")

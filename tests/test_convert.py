@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,22 @@ def test_only_own_output_is_replaced(tmp_path):
     with pytest.raises(ConvertError, match="not empty and is not an earlier conversion"):
         from_hf(tmp_path / "hf", tmp_path / "ckpt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
+
+
+def test_an_export_with_somebodys_own_files_is_not_replaced(tmp_path):
+    make_hf(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    to_hf(tmp_path / "ckpt", tmp_path / "out")
+    own, changed = tmp_path / "out" / ".git" / "HEAD", tmp_path / "out" / "config.json"
+    own.parent.mkdir()
+    own.write_text("ref: refs/heads/main")
+    changed.write_text(changed.read_text() + "\n")
+    with pytest.raises(FileExistsError, match=r"and \.git/HEAD, config\.json with it, which"):
+        to_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert own.is_file()
+    shutil.move(own.parent, tmp_path)
+    changed.write_text(changed.read_text()[:-1])
+    to_hf(tmp_path / "ckpt", tmp_path / "out")
 
 
 def test_what_is_read_is_never_replaced(tmp_path):

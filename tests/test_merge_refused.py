@@ -111,6 +111,8 @@ def test_what_out_may_be(tmp_path: Path) -> None:
     assert (
         read(tmp_path / "c")["model.norm.bias"].tolist() == tensors(2)["model.norm.bias"].tolist()
     )
+    (tmp_path / "c" / "notes.md").write_text("what I saw")
+    assert "notes.md with it, which conversion.json there" in refused(a, b, tmp_path / "c")
 
 
 def test_damaged_and_absent_files_are_named(tmp_path: Path) -> None:

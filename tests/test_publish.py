@@ -367,3 +367,10 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "merged" / "hf", export)
     with pytest.raises(FileExistsError, match="holds something else"):
         publish.publish([str(run / "merged" / "hf"), "--workdir", str(run), "--out", str(export)])
+    words = [str(run / "merged" / "hf"), "--workdir", str(run), "--out", str(tmp_path / "mine")]
+    for _ in range(2):  # the second replaces the first
+        publish.publish([*words, "--card"])
+    with (tmp_path / "mine" / "README.md").open("a") as card:
+        card.write("What it cannot do: poems.")
+    with pytest.raises(FileExistsError, match=r"and README.md with it"):
+        publish.publish([*words, "--card"])

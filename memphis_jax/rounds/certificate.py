@@ -13,9 +13,37 @@ CERTIFICATE = "conversion.json"
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """{name: sha256} of every file of a model folder but the certificate."""
+    return {name: sha256_file(path) for name, path in _files(folder).items()}
+
+
+def _files(folder: Path) -> dict[str, Path]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: sha256_file(path) for name, path in names.items() if name != CERTIFICATE}
+    return {name: path for name, path in names.items() if name != CERTIFICATE}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError, naming them, for files that the folder's certificate does not cover.
+
+    They are somebody's own or edited since, and a new output in the folder's place would take them
+    along. Weights are known by their names: nobody edits those, and hashing them takes long.
+    """
+    try:
+        certified = dict(json.loads((folder / CERTIFICATE).read_text("utf-8"))["files"])
+    except (ValueError, KeyError, TypeError):
+        certified = {}
+    own = [
+        name
+        for name, path in _files(folder).items()
+        if name not in certified
+        or (path.suffix != ".safetensors" and sha256_file(path) != certified[name])
+    ]
+    if own:
+        shown = ", ".join(own[:3]) + (f" and {len(own) - 3} more" if len(own) > 3 else "")
+        raise FileExistsError(
+            f"{folder} would be replaced, and {shown} with it, which {CERTIFICATE} there does not "
+            "cover: somebody made or changed that later; move it away, or name another folder"
+        )
 
 
 def check_certificate(folder: Path, hashes: dict[str, str]) -> None:
