@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 CONVERT_MAY_IMPORT = {
     *(CONFIG, "memphis_jax.fields", "memphis_jax.model", "memphis_jax.checkpoint"),
-    *("memphis_jax.tensors", "memphis_jax.rounds.files"),
+    *("memphis_jax.tensors", "memphis_jax.rounds.files", "memphis_jax.rounds.certificate"),
 }
 
 # These run on machines without JAX: a GPU host that generates, a laptop that grades.
