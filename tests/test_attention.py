@@ -96,6 +96,7 @@ def test_xla_kernel_equals_the_formula(kv_heads: int, packed: bool) -> None:
     ("kv_heads", "packed", "mesh"),
     [(4, True, (1, 1, 1)), (2, True, (1, 1, 1)), (4, False, (1, 1, 1)), (2, True, (2, 2, 2))],
 )
+@pytest.mark.slow
 def test_splash_equals_xla(kv_heads: int, packed: bool, mesh: tuple[int, int, int]) -> None:
     """Output and gradients, head_dim 80, kv-heads shared or not, one device or eight."""
     qkv = random_qkv(4 if mesh[0] > 1 else 2, 4, kv_heads, 80)
@@ -105,6 +106,7 @@ def test_splash_equals_xla(kv_heads: int, packed: bool, mesh: tuple[int, int, in
     assert_close(output_and_gradients(splash, qkv, ids), expected)
 
 
+@pytest.mark.slow
 def test_splash_under_remat_equals_xla() -> None:
     """Also where a policy keeps the kernel's own residuals, and made while a step is traced."""
     qkv, ids = random_qkv(2, 4, 4, 16), packed_ids(2)
@@ -158,6 +160,7 @@ def test_a_gpu_without_cudnn_takes_xla_or_is_told() -> None:
         pick_attention("cudnn", "cuda", mesh, **SHAPE)
 
 
+@pytest.mark.slow
 def test_splash_does_not_compile_for_an_old_tpu() -> None:
     chip = SimpleNamespace(device_kind="TPU v3", platform="tpu")
     mesh: Any = SimpleNamespace(devices=np.array([chip]), shape={"model": 1})
@@ -181,6 +184,7 @@ def test_the_kernel_is_picked_by_the_arrays_that_come(change: dict[str, int], to
 @pytest.mark.parametrize(
     ("policy", "forward_kernels"), [(None, 2), ("attention", 1)], ids=["full", "attention"]
 )
+@pytest.mark.slow
 def test_splash_compiles_for_a_v5e(policy: str | None, forward_kernels: int) -> None:
     """head_dim 80 unpadded, 4096 positions, under remat, by the TPU's compiler: its VMEM suffices.
 

@@ -293,6 +293,7 @@ def run_and_kill(direction: str, source: Path, target: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.slow
 def test_killed_half_way_leaves_the_target_as_it_was(tmp_path):
     make_hf(tmp_path / "hf", **WHOLE)
     run_and_kill("from_hf", tmp_path / "hf", tmp_path / "ckpt")

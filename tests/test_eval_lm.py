@@ -62,6 +62,7 @@ def texts(number: int, longest: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choice(letters, rng.integers(1, longest))) for _ in range(number)]
 
 
+@pytest.mark.slow
 def test_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
     contexts = ["", "Tom has", "Tom has ", "<|endoftext|>Tom", *texts(6, 40), *texts(4, 400)]
     endings = [" 3", "apples and 12 pears.", *texts(3, 30, seed=1), texts(1, 90, seed=2)[0][:40]]
@@ -81,6 +82,7 @@ def test_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
     assert len(cut) >= 2  # contexts that lose their start
 
 
+@pytest.mark.slow
 def test_what_is_written_greedily_is_the_most_likely(engines: Engines) -> None:
     """As tokens: a random model's survive no decoding."""
     asked = []
@@ -94,6 +96,7 @@ def test_what_is_written_greedily_is_the_most_likely(engines: Engines) -> None:
     assert np.allclose([s for s, _ in ours], [s for s, _ in theirs], atol=3 * NATS_PER_TOKEN)
 
 
+@pytest.mark.slow
 def test_rolling_loglikelihoods_equal_those_of_hf(engines: Engines) -> None:
     documents = [(text,) for text in [*texts(4, 60, seed=3), *texts(3, 600, seed=4)]]
     theirs = engines.hf.loglikelihood_rolling(requests("loglikelihood_rolling", documents))
@@ -124,6 +127,7 @@ def test_greedy_texts_equal_those_of_hf_with_every_kind_of_stop(engines: Engines
     assert sum(cut) > 15
 
 
+@pytest.mark.slow
 def test_a_text_ends_with_eos_and_before_a_stop_over_two_tokens() -> None:
     """A model that writes a, b, c, d, then EOS: what comes out is worked by hand."""
     tokenizer = _tokenizer_of_bytes()

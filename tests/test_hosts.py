@@ -14,6 +14,8 @@ import pytest
 
 from memphis_jax import hosts
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import sys
 from memphis_jax import hosts
@@ -89,7 +91,6 @@ def test_all_run_and_end(group: Callable[..., Group]) -> None:
     assert [three.end(process) for process in range(3)] == [(0, "")] * 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_host_may_end_long_after_the_others(group: Callable[..., Group], code: int) -> None:
     """Process 0, to whom all listen, stays until then, and says for whom."""

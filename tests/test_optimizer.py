@@ -75,6 +75,7 @@ def as_single_tensors(name: str, leaf: np.ndarray) -> dict[Any, np.ndarray]:
     return {index: leaf[index] for index in np.ndindex(leaf.shape[:stacked])}
 
 
+@pytest.mark.slow
 def test_adalite_treats_every_layer_and_head_as_a_tensor_of_its_own() -> None:
     """Two steps on a whole model equal two steps on all its tensors apart."""
     model = tiny_model()

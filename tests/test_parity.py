@@ -171,6 +171,7 @@ def test_a_planted_logprob_is_refused_and_named(world: World) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_bound_belongs_to_the_dtype(world: World) -> None:
     def all_shifted(by: float, dtype: str) -> list[Row]:
         rows = world.rows(dtype, 3)  # of one length

@@ -94,6 +94,7 @@ def test_model_flops_of_the_3b_model() -> None:
     assert attention / (6 * (layers + head)) == pytest.approx(0.126, abs=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_flops_of_the_real_step_by_policy(remat: str) -> None:
     """The jitted SFT step on a mesh of 8: what each policy recomputes, to the product.

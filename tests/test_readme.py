@@ -80,6 +80,7 @@ def help_of(command: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_every_option_that_the_docs_show_exists() -> None:
     shown = shown_commands()
     assert len(shown) >= 60 and len({command for command, _ in shown}) >= 20

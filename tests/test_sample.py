@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from memphis_jax.__main__ import main
 from memphis_jax.data.prompts import STOP, encode_prompt
 from memphis_jax.rounds.files import read_completions, sha256_folder
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def no_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps the settings of this process as they are."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,14 @@ def words(checkpoint: Path, questions: Path, out: Path, *options: str) -> list[s
 
 def completions(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return read_completions(out / "completions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def sampled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with q.jsonl, five questions, and out, the answers to them."""
+    folder = tmp_path_factory.mktemp("sampled")
+    main(words(checkpoint, write(folder / "q.jsonl", 5), folder / "out"))
+    return folder
 
 
 def test_the_blocks_size_does_not_change_what_is_drawn(checkpoint: Path, tmp_path: Path) -> None:
@@ -100,10 +113,9 @@ def test_bad_questions_are_recorded_and_a_block_of_them_alone_too(
     ],
 )
 def test_another_sampling_in_the_same_folder_is_refused(
-    checkpoint: Path, tmp_path: Path, options: list[str], told: str
+    checkpoint: Path, sampled: Path, options: list[str], told: str
 ) -> None:
-    questions, out = write(tmp_path / "q.jsonl", 5), tmp_path / "out"
-    main(words(checkpoint, questions, out))
+    questions, out = sampled / "q.jsonl", sampled / "out"
     before = (out / "completions.jsonl").read_bytes()
     with pytest.raises(SystemExit) as caught:
         main(words(checkpoint, questions, out, *options))
@@ -196,7 +208,6 @@ def test_what_ends_an_answer_and_how_its_tokens_count(
     assert row["num_tokens"] == lengths[0]
 
 
-@pytest.mark.slow
 def test_killed_damaged_and_carried_on_is_the_undisturbed_run(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,7 @@ def test_a_number_that_is_not_there_names_those_that_are(built: Path) -> None:
             show(built, number, Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_the_command_prints_to_a_pipe(built: Path) -> None:
     words = [sys.executable, "-m", "memphis_jax", "data", "show", str(built)]
     done = subprocess.run([*words, "0"], capture_output=True, text=True, check=True)

@@ -139,6 +139,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_hub_gives_the_same_rows_at_the_pinned_commit(tmp_path: Path) -> None:
     pinned = RECIPES["oasst2_curated"].revision
     names = ["booksum_short", "oasst2_curated", "tinycot", "mathqa_programs"]

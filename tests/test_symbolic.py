@@ -99,6 +99,7 @@ def test_equal_formulas(
     assert equal(truth, answer) is verdict
 
 
+@pytest.mark.slow
 def test_an_endless_comparison_costs_one_time_out_and_the_worker() -> None:
     with SymbolicEqual(seconds=1) as equal:
         assert equal("x+1", "1+x") is True
@@ -156,6 +157,7 @@ def test_threads_share_a_worker_and_no_signal_is_touched(equal: SymbolicEqual) -
     assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formula", ["1+x", ENDLESS], ids=["idle", "busy"])
 def test_the_worker_ends_with_its_parent(formula: str) -> None:
     """The parent is killed with SIGKILL, so that it can tell nobody."""
@@ -181,6 +183,7 @@ time.sleep(600)
     assert not is_running(worker)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_a_planted_endless_expression(tmp_path: Path) -> None:
     question = {"prompt": "?", "rationale": "r", "target": "x+1", "source": "math"}
     options = "Which?\nOptions:\n(A) 12\n(B) 13"
