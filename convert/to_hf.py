@@ -22,7 +22,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from convert.raw import beside, threads
 from convert.shard import new_shard
 from convert.weights import CODES, Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import TOKENIZER_FILES
-from memphis_jax.rounds.certificate import CERTIFICATE, check_replaceable
-from memphis_jax.rounds.files import partial_of
+from memphis_jax.rounds.certificate import CERTIFICATE, file_hashes, is_replaceable, model_files
+from memphis_jax.rounds.files import partial_of, sha256_file
 from memphis_jax.tensors import INDEX, header
 
 TOKEN = ".token"  # in the unfinished folder: shows that all processes see the same one
@@ -75,23 +75,12 @@ def to_hf(
         plan = make_plan(source, dtype, max_shard_size, hosts.count)
         kind = f"an earlier export (no {CERTIFICATE})"
         with (
-            published(Path(hf), source.folder, is_export, kind) as folder,
+            published(Path(hf), source.folder, is_replaceable, kind) as folder,
             team.parting_on_error(),  # nobody writes any more when the folder is removed
         ):
             certificate = _lead(source, plan, folder, team, progress)
         team.part(certificate=certificate)
     return certificate
-
-
-def is_export(hf: Path) -> bool:
-    """Whether a folder is an earlier output of `to_hf`: it carries a certificate.
-
-    Raises FileExistsError where it holds what the certificate does not cover.
-    """
-    if not (hf / CERTIFICATE).is_file():
-        return False
-    check_replaceable(hf)
-    return True
 
 
 def describe(value: np.ndarray, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -103,25 +92,19 @@ def _description(dtype: str, shape: tuple[int, ...], sha256: str) -> dict[str, A
     return {"dtype": dtype, "shape": list(shape), "sha256": sha256}
 
 
-def hash_files(folder: Path, names: list[str] | None = None) -> dict[str, str]:
-    """{path inside folder: sha256} of the files named, or of all but the certificate."""
-    hashes = {}
-    for name in list_files(folder) if names is None else names:
-        with open(folder / name, "rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """{path inside folder: sha256} of the files named."""
+    return {name: sha256_file(folder / name) for name in names}
 
 
 def list_files(folder: Path) -> dict[str, int]:
     """{path inside folder: bytes} of every file but the certificate, at any depth, sorted."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    return {name: size for name, size in sizes.items() if name != CERTIFICATE}
+    return {name: path.stat().st_size for name, path in model_files(folder).items()}
 
 
 def hash_folder(folder: Path) -> str:
     """sha256 over the lines `sha256  path` of all files of a folder, sorted by path."""
-    return _hash_of_hashes(hash_files(folder))
+    return _hash_of_hashes(file_hashes(folder))
 
 
 def _hash_of_hashes(files: Mapping[str, str]) -> str:

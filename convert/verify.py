@@ -13,12 +13,12 @@ import numpy as np
 
 from convert.hf_folder import DTYPES, ConvertError, Progress, Stored, open_folder, read_json
 from convert.mapping import by_leaf, places, transpose_into
-from convert.to_hf import describe, hash_files, hash_folder
+from convert.to_hf import describe, hash_folder
 from convert.weights import Checkpoint, open_checkpoint
 from memphis_jax.checkpoint import read_meta
 from memphis_jax.config import ModelConfig
 from memphis_jax.fields import difference
-from memphis_jax.rounds.certificate import CERTIFICATE
+from memphis_jax.rounds.certificate import CERTIFICATE, file_hashes
 
 
 @dataclass
@@ -120,7 +120,7 @@ def _compare_certificate(
         return
     if found:
         verdict.differences += _uncertified("tensor", tensors, found)
-    present = hash_files(hf)
+    present = file_hashes(hf)
     verdict.differences += _uncertified(
         "file", files, {n: present[n] for n in files if n in present}
     )

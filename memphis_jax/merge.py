@@ -24,8 +24,8 @@ from memphis_jax.merge_tensors import write_tensors
 from memphis_jax.rounds.certificate import (
     CERTIFICATE,
     check_certificate,
-    check_replaceable,
     file_hashes,
+    is_replaceable,
 )
 from memphis_jax.rounds.files import new_folder, sha256_file, write_json
 from memphis_jax.same_model import model_config, same_model
@@ -160,9 +160,7 @@ def _check_target(out: Path, parents: Sequence[Path]) -> None:
     for parent in (parent.resolve() for parent in parents):
         if out in (parent, *parent.parents) or parent in out.parents:
             raise FileExistsError(f"--out {out} and {parent}, which is merged, overlap")
-    if (out / CERTIFICATE).is_file():
-        check_replaceable(out)
-    elif out.exists() and (out.is_file() or any(out.iterdir())):
+    if out.exists() and not is_replaceable(out) and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else than a merge: choose another --out")
 
 

@@ -22,8 +22,8 @@ from memphis_jax.model_card import read_json, write_card
 from memphis_jax.rounds.certificate import (
     CERTIFICATE,
     check_certificate,
-    check_replaceable,
     file_hashes,
+    is_replaceable,
 )
 from memphis_jax.rounds.files import new_folder, sha256_file, write_json
 
@@ -102,9 +102,8 @@ def _no_repo(name: str) -> str:
 
 def build(args: argparse.Namespace, out: Path, hashes: dict[str, str]) -> None:
     """Writes `out`, replacing an earlier one; it appears by rename."""
-    if _is_published(out):
-        check_replaceable(out)
-    elif out.exists() and (out.is_file() or any(out.iterdir())):
+    earlier = _is_published(out) and is_replaceable(out)
+    if out.exists() and not earlier and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else: choose another --out")
     if args.hf.resolve() in (out.resolve(), *out.resolve().parents):
         raise FileExistsError(f"--out {out} lies in {args.hf}: choose another --out")

@@ -11,30 +11,35 @@ from memphis_jax.rounds.files import sha256_file
 CERTIFICATE = "conversion.json"
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """{name: sha256} of every file of a model folder but the certificate."""
-    return {name: sha256_file(path) for name, path in _files(folder).items()}
-
-
-def _files(folder: Path) -> dict[str, Path]:
+def model_files(folder: Path) -> dict[str, Path]:
+    """{name: path} of every file of a model folder but the certificate, at any depth, sorted."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: path for name, path in names.items() if name != CERTIFICATE}
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises FileExistsError, naming them, for files that the folder's certificate does not cover.
+def file_hashes(folder: Path) -> dict[str, str]:
+    """{name: sha256} of `model_files`."""
+    return {name: sha256_file(path) for name, path in model_files(folder).items()}
 
-    They are somebody's own or edited since, and a new output in the folder's place would take them
-    along. Weights are known by their names: nobody edits those, and hashing them takes long.
+
+def is_replaceable(folder: Path) -> bool:
+    """Whether a folder carries a certificate, so that it is an output that can be made again.
+
+    Raises FileExistsError, naming them, for files that the certificate does not cover: they are
+    somebody's own or edited since, and would go with the folder. Weights are known by their names:
+    nobody edits those, and hashing them takes long.
     """
+    path = folder / CERTIFICATE
+    if not path.is_file():
+        return False
     try:
-        certified = dict(json.loads((folder / CERTIFICATE).read_text("utf-8"))["files"])
+        certified = dict(json.loads(path.read_text("utf-8"))["files"])
     except (ValueError, KeyError, TypeError):
         certified = {}
     own = [
         name
-        for name, path in _files(folder).items()
+        for name, path in model_files(folder).items()
         if name not in certified
         or (path.suffix != ".safetensors" and sha256_file(path) != certified[name])
     ]
@@ -44,6 +49,7 @@ def check_replaceable(folder: Path) -> None:
             f"{folder} would be replaced, and {shown} with it, which {CERTIFICATE} there does not "
             "cover: somebody made or changed that later; move it away, or name another folder"
         )
+    return True
 
 
 def check_certificate(folder: Path, hashes: dict[str, str]) -> None:
